@@ -1,0 +1,18 @@
+"""Argument checks that several ops share."""
+
+from collections.abc import Sequence
+
+
+def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    """(height, width) of an argument given as one int or as a sequence of one or two.
+
+    Raises:
+        TypeError: an element is not an int.
+        RuntimeError: another number of elements.
+    """
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(element, int) for element in values):
+        raise TypeError(f"{name} must be an int or a tuple of ints, got {value!r}")
+    if len(values) not in (1, 2):
+        raise RuntimeError(f"{name} must be one int or a tuple of two ints, got {value!r}")
+    return values[0], values[-1]

@@ -1,0 +1,407 @@
+"""Convolution, bias and ReLU as one op."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from alexkern import reference
+from alexkern.ops.arguments import pair
+from alexkern.runtime import config
+from alexkern.runtime.backend import runs_triton
+from alexkern.runtime.launch import device_code, empty, interpreted, launch
+from alexkern.runtime.layout import dense, dense_as, full_fp32_precision, is_channels_last
+
+
+def conv2d_bias_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "relu",
+) -> Tensor:
+    """``relu(conv2d(input, weight) + bias)``, as :func:`torch.nn.functional.conv2d`.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W], NCHW or channels_last (the output keeps it; other
+            strides are copied once).
+        weight: [C_out, C // groups, height, width] of the input's dtype.
+        bias: [C_out] or None.
+        stride: one int or (height, width), in pixels.
+        padding: zeros around the input, in pixels: one int, (height, width), ``"same"``,
+            ``"valid"``, or (left, right, top, bottom) for the 2012 code's 224 -> 55.
+        dilation: one int or (height, width), in pixels.
+        groups: C and C_out are cut into so many groups that see only each other.
+        activation: ``"relu"`` or ``"none"``.
+
+    float32, float16 and bfloat16 have kernels, summing in float32; float32 uses TF32 only where
+    ``torch.backends.cudnn.conv.fp32_precision`` says so; other dtypes run the reference. Under
+    autocast the operands are cast, as PyTorch casts a convolution's.
+
+    Returns:
+        [N, C_out, H_out, W_out], or without N for a 3-D input.
+
+    Saves for backward: input, weight, and with ``"relu"`` the output, each only if a gradient
+    needs it. Gradients that nobody asks for are not computed. Backward is deterministic; double
+    backward raises.
+
+    Raises:
+        RuntimeError: what PyTorch refuses: shapes, dtypes or extents that do not fit.
+        TypeError: an extent is not an int.
+        ValueError: unknown ``activation``.
+    """
+    if activation not in ("relu", "none"):
+        raise ValueError(f"activation must be 'relu' or 'none', got {activation!r}")
+    strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
+    _check_operands(input, weight, bias, groups)
+    pads = _four_sides(padding, weight, strides, dilations)
+    input, weight, bias = _autocast(input, weight, bias)
+    _check_dtypes(input, weight, bias)
+    output_size = _output_size(input, weight, strides, pads, dilations)
+    if input.numel() == 0 or not runs_triton("conv", input):
+        return reference.conv2d_bias_relu(
+            input, weight, bias, strides, pads, dilations, groups, activation
+        )
+    batch = input if input.dim() == 4 else input.unsqueeze(0)
+    geometry = _Geometry(
+        GROUP_IN=weight.shape[1],
+        GROUP_OUT=weight.shape[0] // groups,
+        KERNEL_H=weight.shape[2],
+        KERNEL_W=weight.shape[3],
+        STRIDE_H=strides[0],
+        STRIDE_W=strides[1],
+        PADDING_TOP=pads[2],
+        PADDING_LEFT=pads[0],
+        DILATION_H=dilations[0],
+        DILATION_W=dilations[1],
+    )
+    relu = activation == "relu"
+    output: Tensor = _Conv2dBiasReLU.apply(batch, weight, bias, output_size, geometry, relu)
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+def _check_operands(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    if weight.dim() != 4:
+        raise RuntimeError(f"Expected a 4D weight, but got weight of size {list(weight.shape)}")
+    if input.dim() not in (3, 4):
+        raise RuntimeError(
+            "Expected 3D (unbatched) or 4D (batched) input to conv2d, "
+            f"but got input of size: {list(input.shape)}"
+        )
+    if groups < 1:
+        raise RuntimeError(f"non-positive groups is not supported, got groups={groups}")
+    out_channels, group_in = weight.shape[:2]
+    if input.shape[-3] != group_in * groups:
+        raise RuntimeError(
+            f"Given groups={groups}, weight of size {list(weight.shape)}, expected input"
+            f"{list(input.shape)} to have {group_in * groups} channels, "
+            f"but got {input.shape[-3]} channels instead"
+        )
+    if out_channels % groups:
+        raise RuntimeError(
+            f"Given groups={groups}, expected weight to be divisible by {groups} at dimension 0, "
+            f"but got weight of size {list(weight.shape)} instead"
+        )
+    if weight.numel() == 0:
+        raise RuntimeError(
+            f"expected a weight with elements, but got weight of size {list(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (out_channels,):
+        raise RuntimeError(
+            f"Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional with "
+            f"{out_channels} elements, but got bias of size {list(bias.shape)} instead"
+        )
+
+
+def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise RuntimeError(
+                f"Input type ({input.dtype}) and {name} type ({tensor.dtype}) should be the same"
+            )
+
+
+def _four_sides(
+    padding: int | Sequence[int] | str,
+    weight: Tensor,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int, int, int]:
+    """Padding as (left, right, top, bottom), after the checks on stride and dilation."""
+    for name, values in (("stride", stride), ("dilation", dilation)):
+        if min(values) < 1:
+            raise RuntimeError(f"non-positive {name} is not supported, got {name}={values}")
+    if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
+            raise RuntimeError(f"Invalid padding string: '{padding}'")
+        if stride != (1, 1):
+            raise RuntimeError(
+                f"padding='same' is not supported for strided convolutions, got stride={stride}"
+            )
+        total_h = dilation[0] * (weight.shape[2] - 1)
+        total_w = dilation[1] * (weight.shape[3] - 1)
+        top, left = total_h // 2, total_w // 2
+        return left, total_w - left, top, total_h - top
+    if not isinstance(padding, int) and len(padding) == 4:
+        if not all(isinstance(side, int) for side in padding):
+            raise TypeError(f"padding must be an int or a tuple of ints, got {padding!r}")
+        left, right, top, bottom = padding
+    else:
+        top, left = pair(padding, "padding")
+        right, bottom = left, top
+    if min(left, right, top, bottom) < 0:
+        raise RuntimeError(f"negative padding is not supported, got padding={padding}")
+    return left, right, top, bottom
+
+
+def _output_size(
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    left, right, top, bottom = padding
+    padded = (input.shape[-2] + top + bottom, input.shape[-1] + left + right)
+    span = [dilation[axis] * (weight.shape[2 + axis] - 1) + 1 for axis in range(2)]
+    if padded[0] < span[0] or padded[1] < span[1]:
+        raise RuntimeError(
+            f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: "
+            f"({span[0]} x {span[1]}). Kernel size can't be greater than actual input size"
+        )
+    return (padded[0] - span[0]) // stride[0] + 1, (padded[1] - span[1]) // stride[1] + 1
+
+
+def _autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in autocast's dtype, where autocast is on and casts them."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (input.dtype, weight.dtype):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """The kernels' constants, under the names of their parameters."""
+
+    GROUP_IN: int
+    GROUP_OUT: int
+    KERNEL_H: int
+    KERNEL_W: int
+    STRIDE_H: int
+    STRIDE_W: int
+    PADDING_TOP: int
+    PADDING_LEFT: int
+    DILATION_H: int
+    DILATION_W: int
+
+    @property
+    def taps(self) -> int:
+        return self.KERNEL_H * self.KERNEL_W
+
+
+class _Conv2dBiasReLU(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: tuple[int, int],
+        geometry: _Geometry,
+        relu: bool,
+    ) -> Tensor:
+        input, weight = dense(input), dense(weight)
+        shape = (input.shape[0], weight.shape[0], *output_size)
+        output = empty(shape, input, channels_last=is_channels_last(input))
+        _launch_conv2d(input, weight, bias, output, geometry, relu=relu, transposed=False)
+        needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(
+            input if needs_weight else None,
+            weight if needs_weight or needs_input else None,
+            output if relu else None,
+        )
+        ctx.input_shape, ctx.channels_last = input.shape, is_channels_last(input)
+        ctx.geometry = geometry
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, output = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        output_grad = dense_as(output_grad, ctx.channels_last)
+        output_grad, bias_grad = _epilogue_backward(output_grad, output, needs_bias)
+        input_grad = weight_grad = None
+        if needs_input:
+            input_grad = empty(ctx.input_shape, output_grad, channels_last=ctx.channels_last)
+            _launch_conv2d(
+                output_grad, weight, None, input_grad, ctx.geometry, relu=False, transposed=True
+            )
+        if needs_weight:
+            weight_grad = _weight_grad(output_grad, input, weight, ctx.geometry)
+        return input_grad, weight_grad, bias_grad, None, None, None
+
+
+def _launch_conv2d(
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    result: Tensor,
+    geometry: _Geometry,
+    *,
+    relu: bool,
+    transposed: bool,
+) -> None:
+    """Forward, or with ``transposed`` the input gradient from the output gradient."""
+    constants = asdict(geometry)
+    if transposed:
+        constants["GROUP_IN"], constants["GROUP_OUT"] = geometry.GROUP_OUT, geometry.GROUP_IN
+    images, channels, height, width = result.shape
+    pixels, group_out = images * height * width, constants["GROUP_OUT"]
+    products = geometry.taps * constants["GROUP_IN"]
+    tile = config.matmul(source, pixels, group_out, products)
+    tiles = -(-pixels // tile.block_m) * -(-group_out // tile.block_n)
+    launch(
+        device_code("conv").conv2d,
+        (tiles * (channels // group_out),),
+        source,
+        weight,
+        weight if bias is None else bias,
+        result,
+        images,
+        *source.shape[2:],
+        height,
+        width,
+        *source.stride(),
+        *weight.stride(),
+        *result.stride(),
+        **constants,
+        TRANSPOSED=transposed,
+        HAS_BIAS=bias is not None,
+        RELU=relu,
+        **_matmul_constants(source, tile),
+    )
+
+
+def _matmul_constants(source: Tensor, tile: config.MatmulConfig) -> dict[str, Any]:
+    return {
+        "PRECISION": full_fp32_precision(),
+        "UPCAST": interpreted(source) and source.dtype == torch.bfloat16,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _split(tensor: Tensor, programs: int, length: int, block: int) -> tuple[int, int]:
+    """Number of partial sums and length of each, a multiple of ``block``."""
+    wanted = config.splits(tensor, programs, length, block)
+    each = -(-length // (wanted * block)) * block
+    return -(-length // each), each
+
+
+def _weight_grad(output_grad: Tensor, input: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    images, channels, height, width = output_grad.shape
+    pixels, products = images * height * width, geometry.taps * geometry.GROUP_IN
+    tile = config.matmul(output_grad, geometry.GROUP_OUT, products, pixels)
+    tiles = -(-geometry.GROUP_OUT // tile.block_m) * -(-products // tile.block_n)
+    programs = tiles * (channels // geometry.GROUP_OUT)
+    splits, pixels_per_split = _split(output_grad, programs, pixels, tile.block_k)
+    weight_grad = empty(weight.shape, weight, channels_last=is_channels_last(weight))
+    partial = weight_grad
+    if splits > 1:
+        partial = empty((splits, weight.numel()), weight, torch.float32)
+    launch(
+        device_code("conv").conv2d_weight_grad,
+        (programs, splits),
+        output_grad,
+        input,
+        partial,
+        images,
+        *input.shape[2:],
+        height,
+        width,
+        pixels_per_split,
+        weight.numel(),
+        *output_grad.stride(),
+        *input.stride(),
+        *weight_grad.stride(),
+        **asdict(geometry),
+        **_matmul_constants(input, tile),
+    )
+    if splits > 1:
+        _sum_partials(partial, weight_grad)
+    return weight_grad
+
+
+def _epilogue_backward(
+    output_grad: Tensor, output: Tensor | None, needs_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient before the ReLU (where there was one), and the bias gradient."""
+    relu = output is not None
+    if not relu and not needs_bias:
+        return output_grad, None
+    images, channels, height, width = output_grad.shape
+    image_pixels = height * width
+    channels_last = is_channels_last(output_grad)
+    tile = config.column_sum(output_grad, images * image_pixels, channels, channels_last)
+    programs = -(-channels // tile.block_n)
+    splits, pixels_per_split = _split(output_grad, programs, images * image_pixels, tile.block_m)
+    masked = output_grad
+    if relu:
+        masked = empty(output_grad.shape, output_grad, channels_last=channels_last)
+    partial = empty((splits, channels), output_grad, torch.float32)
+    launch(
+        device_code("conv").conv2d_epilogue_backward,
+        (programs, splits),
+        output_grad,
+        output if relu else output_grad,
+        masked,
+        partial,
+        images * image_pixels,
+        image_pixels,
+        pixels_per_split,
+        channels * image_pixels,
+        1 if channels_last else image_pixels,
+        channels if channels_last else 1,
+        CHANNELS=channels,
+        RELU=relu,
+        BIAS=needs_bias,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )
+    if not needs_bias:
+        return masked, None
+    bias_grad = empty((channels,), output_grad)
+    _sum_partials(partial, bias_grad)
+    return masked, bias_grad
+
+
+def _sum_partials(partial: Tensor, result: Tensor) -> None:
+    blocks = config.pointwise(result, 1)
+    launch(
+        device_code("conv").sum_partials,
+        blocks.programs(result.numel()),
+        partial,
+        result,
+        result.numel(),
+        partial.shape[0],
+        BLOCK=blocks.block,
+        num_warps=blocks.num_warps,
+    )

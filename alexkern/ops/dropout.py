@@ -1,0 +1,179 @@
+"""Dropout whose mask is a function of a seed and is never stored."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from alexkern import reference
+from alexkern.runtime import config
+from alexkern.runtime.backend import runs_triton
+from alexkern.runtime.launch import device_code, empty, launch
+from alexkern.runtime.layout import dense, dense_as, is_channels_last
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    mode: str = "inverted",
+    seed: Tensor | None = None,
+    index_offset: int = 0,
+    row_stride: int | None = None,
+) -> Tensor:
+    """Zero elements with probability ``p``, as :func:`torch.nn.functional.dropout`.
+
+    Element i of the global row-major index uses word ``i % 4`` of Philox4x32-10 with counter
+    ``i // 4`` and key ``seed``, and is dropped if and only if that word is below
+    ``round(p * 2**32)``. One seed means one mask on every backend, device and memory format.
+
+    Args:
+        input: any shape, dense in row-major or channels_last order (kept; other strides are
+            copied once). float32, float16 and bfloat16 have kernels; float64 runs the reference.
+        p: probability of dropping an element, in [0, 1].
+        training: if False, nothing is dropped.
+        inplace: write the result into ``input``.
+        mode: ``"inverted"`` multiplies kept elements by 1 / (1 - p) in training and does nothing
+            otherwise (PyTorch, Caffe); ``"paper"`` keeps them as they are in training and
+            multiplies by 1 - p otherwise (paper section 4.2).
+        seed: int64 tensor of one element on the input's device. None draws one from torch's
+            generator: ``torch.manual_seed`` reproduces it, the generator advances, and a
+            captured CUDA graph draws a new one at each replay.
+        index_offset: global index of the first element, for a shard of a larger tensor.
+        row_stride: global elements from one row (dimension 0) to the next; the number of
+            elements per row if None.
+
+    Returns:
+        A tensor like ``input``; ``input`` itself if nothing is to be done or ``inplace``.
+
+    Saves for backward: the seed (8 bytes). Double backward raises.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1], unknown ``mode``, negative ``index_offset`` or
+            ``row_stride``, or a seed that is not one int64 element on the input's device.
+        RuntimeError: ``inplace`` on a leaf that requires grad or on overlapping memory, or an
+            input that is not floating-point.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if mode not in ("inverted", "paper"):
+        raise ValueError(f"mode must be 'inverted' or 'paper', got {mode!r}")
+    if index_offset < 0 or (row_stride is not None and row_stride < 0):
+        raise ValueError(
+            "index_offset and row_stride must not be negative, "
+            f"got index_offset={index_offset}, row_stride={row_stride}"
+        )
+    if seed is not None:
+        _check_seed(seed, input)
+    if p == 0.0 or input.numel() == 0 or (not training and mode == "inverted"):
+        return input
+    if not input.is_floating_point():
+        raise RuntimeError(f"dropout needs a floating-point input, got {input.dtype}")
+    if not training:
+        return input.mul_(1.0 - p) if inplace else input * (1.0 - p)
+
+    # p = 1 drops everything, and 1 / (1 - p) is never used
+    scale = 1.0 if mode == "paper" or p == 1.0 else 1.0 / (1.0 - p)
+    if seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
+    if not runs_triton("dropout", input):
+        output = reference.dropout(input, p, scale, seed.view(()), index_offset, row_stride)
+        return input.copy_(output) if inplace else output
+    writes_input = inplace and dense(input) is input
+    if writes_input:
+        _check_inplace(input)
+    arguments = reference.dropout_threshold(p), scale, index_offset, row_stride
+    result: Tensor = _Dropout.apply(input, seed, writes_input, *arguments)
+    return input.copy_(result) if inplace and not writes_input else result
+
+
+def _check_seed(seed: Tensor, input: Tensor) -> None:
+    if not isinstance(seed, Tensor):
+        raise ValueError(f"seed must be an int64 tensor of one element, got {seed!r}")
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != input.device:
+        raise ValueError(
+            f"seed must be an int64 tensor of one element on {input.device}, got "
+            f"{seed.dtype} of shape {list(seed.shape)} on {seed.device}"
+        )
+
+
+def _check_inplace(input: Tensor) -> None:
+    """Refuse before the kernel writes; autograd would notice only afterwards."""
+    if torch.is_grad_enabled() and input.requires_grad and input.is_leaf:
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation."
+        )
+
+
+class _Dropout(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        seed: Tensor,
+        inplace: bool,
+        threshold: int,
+        scale: float,
+        index_offset: int,
+        row_stride: int | None,
+    ) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.arguments = threshold, scale, index_offset, row_stride
+        input = dense(input)
+        ctx.channels_last = input.dim() >= 3 and is_channels_last(input)
+        if inplace:
+            ctx.mark_dirty(input)
+            output = input
+        else:
+            output = empty(input.shape, input, channels_last=ctx.channels_last)
+        _launch(input, output, seed, *ctx.arguments)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
+        (seed,) = ctx.saved_tensors
+        output_grad = dense_as(output_grad, ctx.channels_last)
+        input_grad = empty(output_grad.shape, output_grad, channels_last=ctx.channels_last)
+        _launch(output_grad, input_grad, seed, *ctx.arguments)
+        return input_grad, None, None, None, None, None, None
+
+
+def _launch(
+    source: Tensor,
+    result: Tensor,
+    seed: Tensor,
+    threshold: int,
+    scale: float,
+    index_offset: int,
+    row_stride: int | None,
+) -> None:
+    count = source.numel()
+    channels_last = source.dim() >= 3 and is_channels_last(source)
+    columns = count // source.shape[0] if source.dim() else 1
+    inner = columns // source.shape[1] if channels_last else columns
+    row_stride = columns if row_stride is None else row_stride
+    aligned = not channels_last and row_stride == columns and index_offset % 4 == 0
+    blocks = config.pointwise(source, 8)
+    launch(
+        device_code("dropout").dropout_apply,
+        blocks.programs(count),
+        source,
+        result,
+        seed,
+        count,
+        columns,
+        inner,
+        index_offset,
+        row_stride,
+        threshold,
+        scale,
+        CHANNELS_LAST=channels_last,
+        ALIGNED=aligned,
+        BLOCK=blocks.block,
+        num_warps=blocks.num_warps,
+    )

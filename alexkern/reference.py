@@ -1,0 +1,135 @@
+"""Each op's definition in plain PyTorch: the specification.
+
+It runs for CPU tensors, for dtypes that have no kernel, and under the ``torch`` backend.
+Half-precision input is computed in float32 and rounded once at the end, as the kernels do.
+Argument checks and the contracts are in :mod:`alexkern.ops`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv2d_bias_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """``relu(conv2d(input, weight) + bias)``; padding is (left, right, top, bottom)."""
+    left, right, top, bottom = padding
+    if left == right and top == bottom:
+        output = F.conv2d(input, weight, bias, stride, (top, left), dilation, groups)
+    else:
+        output = F.conv2d(F.pad(input, padding), weight, bias, stride, 0, dilation, groups)
+    return output.relu() if activation == "relu" else output
+
+
+def local_response_norm(
+    input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
+) -> Tensor:
+    """``x[c] * (k + scale * sum(x[j]**2 for j in window(c)))**-beta`` along dimension 1.
+
+    The window of channel c is [c - size // 2, c + (size - 1) // 2], cut at the borders of c's
+    group (paper section 3.3; for even sizes, which the paper does not use, as PyTorch).
+    """
+    value = input.unflatten(1, (groups, -1)).to(_compute_dtype(input))
+    channels = value.shape[2]
+    before_and_after = (size // 2, (size - 1) // 2)
+    square = F.pad(value * value, (0, 0) * (value.dim() - 3) + before_and_after)
+    window_sum = sum(square.narrow(2, j, channels) for j in range(size))
+    # The window sum of a NaN-free input is a Tensor: size >= 1.
+    output = value / (k + scale * window_sum) ** beta
+    return output.flatten(1, 2).to(input.dtype if input.is_floating_point() else output.dtype)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    return_indices: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """PyTorch's own max-pool: first maximum in row-major order, NaN propagates."""
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def dropout(
+    input: Tensor,
+    p: float,
+    scale: float,
+    seed: Tensor,
+    index_offset: int = 0,
+    row_stride: int | None = None,
+) -> Tensor:
+    """``input * scale`` where kept and ``input * 0`` where dropped, by :func:`dropout_keeps`.
+
+    A product, not a selection: a dropped NaN or infinity gives NaN, as in PyTorch.
+    """
+    keeps = dropout_keeps(input.shape, p, seed, index_offset, row_stride)
+    value = input.to(_compute_dtype(input))
+    return (value * (keeps.to(value.dtype) * scale)).to(input.dtype)
+
+
+def dropout_keeps(
+    shape: Sequence[int], p: float, seed: Tensor, index_offset: int, row_stride: int | None
+) -> Tensor:
+    """Boolean mask of the kept elements: the one definition of dropout's random bits.
+
+    The element in row r (dimension 0) and column c (all others, row-major) has index
+    i = index_offset + r * row_stride + c; row_stride defaults to the number of columns.
+    It uses word i % 4 of Philox4x32-10(counter=i // 4, key=seed), and is dropped if and only
+    if that word is below round(p * 2**32).
+    """
+    count = 1
+    for extent in shape:
+        count *= extent
+    columns = count // shape[0] if shape and shape[0] else 1
+    index = torch.arange(count, device=seed.device)
+    row, column = index.div(columns, rounding_mode="floor"), index % columns
+    index = index_offset + row * (columns if row_stride is None else row_stride) + column
+    words = torch.stack(philox4x32(index.div(4, rounding_mode="floor"), seed))
+    word = words.gather(0, (index % 4)[None])[0]
+    return (word >= dropout_threshold(p)).view(tuple(shape))
+
+
+def dropout_threshold(p: float) -> int:
+    """Words below it are dropped: ``round(p * 2**32)``."""
+    return round(p * 2**32)
+
+
+def philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words (as int64) of Philox4x32-10 per counter (Salmon et al. 2011).
+
+    Args:
+        counter: int64, the low 64 bits of the 128-bit counter; the high ones are zero.
+        seed: int64 scalar tensor, the 64-bit key (a negative seed is its two's complement).
+    """
+    mask = 0xFFFFFFFF
+    zero = torch.zeros_like(counter)
+    words = (counter & mask, (counter >> 32) & mask, zero, zero)
+    key0, key1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        high0, low0 = _multiply_32(words[0], 0xD2511F53)
+        high1, low1 = _multiply_32(words[2], 0xCD9E8D57)
+        words = (high1 ^ words[1] ^ key0, low1, high0 ^ words[3] ^ key1, low0)
+        key0, key1 = (key0 + 0x9E3779B9) & mask, (key1 + 0xBB67AE85) & mask
+    return words
+
+
+def _multiply_32(value: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32x32-bit product, without overflow of int64."""
+    upper, lower = value * (factor >> 16), value * (factor & 0xFFFF)
+    return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & 0xFFFFFFFF
+
+
+def _compute_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""The one door to the device: backend choice, launches, configurations, layout rules."""

@@ -1,0 +1,124 @@
+"""Block sizes of every kernel: frozen dataclasses from a heuristic.
+
+The shipped configurations are for GPUs. Triton's interpreter pays per program and not per
+element, so it gets larger blocks, unless a test asks for the shipped ones.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alexkern.runtime.launch import interpreted
+
+# Streaming multiprocessors that a launch should fill: H200 and H100 have 132. A constant, so
+# that a split sum has the same order, and the same bits, on every GPU.
+_MULTIPROCESSORS = 132
+
+# Triton's limit on the elements of one block.
+_LARGEST_BLOCK = 2**20
+
+_shipped_only: ContextVar[bool] = ContextVar("alexkern_shipped_configurations", default=False)
+
+
+@contextmanager
+def shipped_configurations() -> Iterator[None]:
+    """Use the GPU's configurations in the interpreter too (slow: for tests)."""
+    token = _shipped_only.set(True)
+    try:
+        yield
+    finally:
+        _shipped_only.reset(token)
+
+
+def for_interpreter(tensor: Tensor) -> bool:
+    """Whether to choose blocks for Triton's interpreter."""
+    return interpreted(tensor) and not _shipped_only.get()
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below ``number``."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class PointwiseConfig:
+    """``block`` elements per program, in vectors of ``vector`` that share one mask bit."""
+
+    block: int
+    vector: int
+    num_warps: int
+
+    @property
+    def rows(self) -> int:
+        """Vectors per program."""
+        return self.block // self.vector
+
+    def programs(self, count: int) -> tuple[int]:
+        """The grid that covers ``count`` elements."""
+        return (-(-count // self.block),)
+
+
+def pointwise(tensor: Tensor, divisible: int) -> PointwiseConfig:
+    """For kernels that treat ``divisible`` neighbouring elements alike (see ``VECTOR``).
+
+    Vectors have 8 elements, 16 bytes in half precision, where ``divisible`` is a multiple of 8.
+    """
+    vector = 8 if divisible % 8 == 0 else 1
+    if for_interpreter(tensor):
+        return PointwiseConfig(min(2**17, power_of_two(max(tensor.numel(), vector))), vector, 4)
+    return PointwiseConfig(1024, vector, 4)
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Tile sizes of an implicit matrix product."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def matmul(tensor: Tensor, m: int, n: int, k: int) -> MatmulConfig:
+    """For a product of [m, k] by [k, n] per group; ``tensor`` gives device and dtype."""
+    if for_interpreter(tensor):
+        block_n = min(max(16, power_of_two(n)), 512)
+        block_k = min(max(16, power_of_two(k)), _LARGEST_BLOCK // 512)
+        block_m = min(max(16, power_of_two(m)), _LARGEST_BLOCK // max(block_n, block_k))
+        return MatmulConfig(block_m, block_n, block_k, 4, 1)
+    if tensor.dtype == torch.float32:
+        return MatmulConfig(64, 64, 32, 4, 2)
+    return MatmulConfig(128, 64 if n <= 64 else 128, 32, 8 if n > 64 else 4, 3)
+
+
+@dataclass(frozen=True)
+class ColumnSumConfig:
+    """Tile of pixels by channels of a sum over pixels."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def column_sum(tensor: Tensor, pixels: int, channels: int, channels_last: bool) -> ColumnSumConfig:
+    """For the epilogue's backward: wide along the dimension that is contiguous in memory."""
+    if for_interpreter(tensor):
+        block_n = min(power_of_two(channels), 1024)
+        return ColumnSumConfig(min(power_of_two(pixels), _LARGEST_BLOCK // block_n), block_n, 4)
+    return ColumnSumConfig(32, 64, 4) if channels_last else ColumnSumConfig(256, 8, 4)
+
+
+def splits(tensor: Tensor, programs: int, length: int, block: int) -> int:
+    """Into how many partial sums to cut a sum of ``length``, taken in steps of ``block``.
+
+    Enough for two programs per multiprocessor, but at least eight steps each.
+    """
+    if for_interpreter(tensor):
+        return 1
+    wanted = -(-2 * _MULTIPROCESSORS // programs)
+    return max(1, min(wanted, length // (8 * block)))

@@ -1,0 +1,175 @@
+"""The only file that launches kernels and allocates their results."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Kernels compute offsets in 32 bits up to here. A block's masked lanes may lie past the end of
+# a tensor, hence the margin.
+_INT32_LIMIT = 2**31 - 2**24
+
+_poison = False
+_announced = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as it would have been made: what a static compilation needs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+_recorder: ContextVar[list[Launch] | None] = ContextVar("alexkern_recorder", default=None)
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Collect the launches of the enclosed block instead of making them.
+
+    With tensors on the ``meta`` device, an op's whole host path runs without a GPU and without
+    data, and yields every kernel in the configuration that a GPU would get.
+    """
+    launches: list[Launch] = []
+    token = _recorder.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Fill every result with NaN (or the largest integer) first, to expose unwritten elements."""
+    global _poison
+    before, _poison = _poison, True
+    try:
+        yield
+    finally:
+        _poison = before
+
+
+def empty(
+    shape: Sequence[int],
+    like: Tensor,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """Uninitialised dense tensor on the device of ``like``, in NCHW or channels_last order."""
+    dtype = like.dtype if dtype is None else dtype
+    if channels_last:
+        stored = (shape[0], *shape[2:], shape[1])
+        result = torch.empty(stored, dtype=dtype, device=like.device).movedim(-1, 1)
+    else:
+        result = torch.empty(tuple(shape), dtype=dtype, device=like.device)
+    if _poison and not result.is_meta:
+        result.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max)
+    return result
+
+
+def device_code(stem: str) -> ModuleType:
+    """The module ``kernels/<stem>.py``, imported (and triton with it) when first needed."""
+    return import_module(f"alexkern.kernels.{stem}")
+
+
+def interpreted(tensor: Tensor) -> bool:
+    """Whether kernels on this tensor run in Triton's interpreter (CPU tensors do)."""
+    return tensor.device.type == "cpu"
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    **constants: Any,
+) -> None:
+    """Run ``kernel`` over ``grid`` on the device of its tensors.
+
+    Args:
+        kernel: a ``@triton.jit`` function with a constexpr INT64 as its last parameter.
+        grid: numbers of programs; nothing is launched if one of them is zero.
+        arguments: tensors and numbers, in the kernel's order; all tensors on one device.
+        num_warps: per program.
+        num_stages: of software pipelining.
+        constants: the kernel's constexpr parameters but INT64, which is decided here.
+
+    Raises:
+        RuntimeError: tensors on different devices, or on a CPU without Triton's interpreter.
+    """
+    if 0 in grid:
+        return
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, "
+                f"but found at least two devices, {device} and {tensor.device}!"
+            )
+    constants["INT64"] = any(_extent(tensor) > _INT32_LIMIT for tensor in tensors)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.append(Launch(kernel, grid, arguments, constants, options))
+        return
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants, **options)
+        return
+    _check_interpreter(kernel, device)
+    kernel[grid](*arguments, **constants)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements between a tensor's first and last, in memory."""
+    return sum(
+        (extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _check_interpreter(kernel: Any, device: torch.device) -> None:
+    """Allow CPU tensors in Triton's interpreter only, and say once that it runs."""
+    global _announced
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if device.type != "cpu" or not isinstance(kernel, InterpretedFunction):
+        raise RuntimeError(
+            f"the triton backend got tensors on {device} and Triton is compiling for a GPU; move "
+            "them to a GPU, use the torch backend, or set TRITON_INTERPRET=1 in the environment "
+            "before triton is first imported, to run kernels on the CPU in Triton's interpreter"
+        )
+    _check_interpreter_numpy()
+    if not _announced:
+        _announced = True
+        warnings.warn(
+            "alexkern's Triton kernels run in Triton's interpreter on the CPU: exact but slow",
+            stacklevel=2,
+        )
+
+
+def _check_interpreter_numpy() -> None:
+    """Triton 3.6's interpreter cannot loop over a range with numpy 2.4 or newer."""
+    import numpy
+    import triton
+
+    def release(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    if release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4):
+        raise RuntimeError(
+            f"the interpreter of triton {triton.__version__} does not work with numpy "
+            f"{numpy.__version__}; install 'numpy<2.4' or a newer triton"
+        )
