@@ -43,23 +43,26 @@ def local_response_norm(
     channels = value.shape[2]
     before_and_after = (size // 2, (size - 1) // 2)
     square = F.pad(value * value, (0, 0) * (value.dim() - 3) + before_and_after)
-    window_sum = sum(square.narrow(2, j, channels) for j in range(size))
-    # The window sum of a NaN-free input is a Tensor: size >= 1.
-    output = value / (k + scale * window_sum) ** beta
+    window_sum = square.narrow(2, 0, channels)
+    for shift in range(1, size):
+        window_sum = window_sum + square.narrow(2, shift, channels)
+    output: Tensor = value / (k + scale * window_sum) ** beta
     return output.flatten(1, 2).to(input.dtype if input.is_floating_point() else output.dtype)
 
 
 def max_pool2d(
     input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
     ceil_mode: bool,
     return_indices: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """PyTorch's own max-pool: first maximum in row-major order, NaN propagates."""
-    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    if return_indices:
+        return F.max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
 def dropout(

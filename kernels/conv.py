@@ -33,7 +33,7 @@ def _split_pixel(pixel, height, width):
 
 @triton.jit
 def _dot(left, right, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """total + left @ right in float32."""
+    """Add left @ right to total, in float32."""
     if UPCAST:  # Triton's interpreter multiplies the raw bits of bfloat16
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -158,11 +158,10 @@ def conv2d(
         total += bias.to(tl.float32)[None, :]
     if RELU:
         total = tl.where(total < 0.0, 0.0, total)  # keeps NaN, unlike maximum
-    result_offsets = (image * result_stride_n + row * result_stride_h + column * result_stride_w)[
-        :, None
-    ] + ((group * GROUP_OUT + out_channel) * result_stride_c)[None, :]
+    pixel_offsets = image * result_stride_n + row * result_stride_h + column * result_stride_w
+    channel_offsets = (group * GROUP_OUT + out_channel) * result_stride_c
     tl.store(
-        result_pointer + result_offsets,
+        result_pointer + pixel_offsets[:, None] + channel_offsets[None, :],
         total.to(result_pointer.dtype.element_ty),
         mask=(pixel < pixels)[:, None] & (out_channel < GROUP_OUT)[None, :],
     )
@@ -229,8 +228,8 @@ def conv2d_weight_grad(
     tap_row = product // GROUP_IN // KERNEL_W
     tap_column = product // GROUP_IN % KERNEL_W
 
-    grad_offsets = (group * GROUP_OUT + out_channel) * grad_stride_c
-    x_offsets = (group * GROUP_IN + channel) * x_stride_c
+    grad_channel_offsets = (group * GROUP_OUT + out_channel) * grad_stride_c
+    x_channel_offsets = (group * GROUP_IN + channel) * x_stride_c
     first = split * pixels_per_split
     end = tl.minimum(first + pixels_per_split, images * height * width)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -240,7 +239,7 @@ def conv2d_weight_grad(
         grad = tl.load(
             grad_pointer
             + (image * grad_stride_n + row * grad_stride_h + column * grad_stride_w)[:, None]
-            + grad_offsets[None, :],
+            + grad_channel_offsets[None, :],
             mask=(pixel < end)[:, None] & (out_channel < GROUP_OUT)[None, :],
             other=0.0,
         )
@@ -256,7 +255,7 @@ def conv2d_weight_grad(
             + (image * x_stride_n)[:, None]
             + from_row * x_stride_h
             + from_column * x_stride_w
-            + x_offsets[None, :],
+            + x_channel_offsets[None, :],
             mask=inside,
             other=0.0,
         )
@@ -284,10 +283,8 @@ def conv2d_epilogue_backward(
     pixels,
     image_pixels,
     pixels_per_split,
-    stride_n,
-    stride_c,
-    stride_pixel,
     CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     RELU: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -308,8 +305,11 @@ def conv2d_epilogue_backward(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, end, BLOCK_M):
         pixel = start + tl.arange(0, BLOCK_M)
-        pixel_offsets = pixel // image_pixels * stride_n + pixel % image_pixels * stride_pixel
-        offsets = pixel_offsets[:, None] + (channel * stride_c)[None, :]
+        if CHANNELS_LAST:
+            offsets = pixel[:, None] * CHANNELS + channel[None, :]
+        else:
+            plane = (pixel // image_pixels)[:, None] * CHANNELS + channel[None, :]
+            offsets = plane * image_pixels + (pixel % image_pixels)[:, None]
         mask = (pixel < end)[:, None] & (channel < CHANNELS)[None, :]
         grad = tl.load(grad_pointer + offsets, mask=mask, other=0.0)
         if RELU:

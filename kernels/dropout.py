@@ -47,6 +47,7 @@ def dropout_apply(
     CHANNELS_LAST: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
     INT64: tl.constexpr,
 ):
     """Forward and backward: x and y are read and written once. columns = channels * inner."""
@@ -74,7 +75,8 @@ def dropout_apply(
         upper = tl.where(lane == 2, word2, word3)
         word = tl.where(lane < 2, lower, upper)
     keep = word.to(tl.int64) >= threshold  # threshold is 2**32 where p rounds to 1
-    mask = offsets < count
+    # VECTOR divides count: so written, VECTOR neighbours share their mask visibly
+    mask = offsets // VECTOR < count // VECTOR
     x = tl.load(x_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
     y = x * tl.where(keep, tl.cast(scale, tl.float32), 0.0)
     tl.store(y_pointer + offsets, y.to(y_pointer.dtype.element_ty), mask=mask)

@@ -16,7 +16,7 @@ Only x is kept from forward; d is computed again, which is cheaper than reading 
 
 Layout: any dense tensor is [outer, CHANNELS, inner] in memory. NCHW has inner = H * W,
 channels_last has inner = 1, so one kernel serves both: the neighbour j channels away lies
-j * inner elements away. A program owns BLOCK * VECTOR consecutive elements; forward reads x and
+j * inner elements away. A program owns BLOCK consecutive elements; forward reads x and
 writes y once (neighbours come from the cache). Backward takes two passes, t then dx, because
 every t[j] is used n times.
 """
@@ -27,17 +27,16 @@ import triton.language as tl
 
 @triton.jit
 def _elements(count, BLOCK: tl.constexpr, VECTOR: tl.constexpr, INT64: tl.constexpr):
-    """Offsets and mask of this program's elements, [BLOCK, VECTOR].
+    """Offsets and mask of a program's elements.
 
-    The mask is constant along VECTOR consecutive elements, which lets the compiler use
-    16-byte accesses; VECTOR divides count.
+    VECTOR divides count; dividing by it shows the compiler that VECTOR neighbours share their
+    mask, which lets it use 16-byte accesses.
     """
     program = tl.program_id(0)
     if INT64:
         program = program.to(tl.int64)
-    vector = program * BLOCK + tl.arange(0, BLOCK)
-    offsets = vector[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    return offsets, (vector < count // VECTOR)[:, None]
+    offsets = program * BLOCK + tl.arange(0, BLOCK)
+    return offsets, offsets // VECTOR < count // VECTOR
 
 
 @triton.jit

@@ -34,24 +34,27 @@ def _pixels(
     VECTOR: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """This program's elements of a dense [outer, height, width, inner] tensor.
+    """Locate a program's elements of a dense [outer, height, width, inner] tensor.
 
-    Returns offsets and mask of shape [BLOCK, VECTOR] and [BLOCK, 1], and of shape [BLOCK, 1]
-    the image (outer), row and column, and the offset inside the innermost dimension.
+    Returns offsets [BLOCK, VECTOR] and their mask [BLOCK, 1]; the image (outer), row and column
+    [BLOCK, 1]; and the number of each vector among its pixel's inner // VECTOR [BLOCK, 1].
     """
     program = tl.program_id(0)
     if INT64:
         program = program.to(tl.int64)
     vector = (program * BLOCK + tl.arange(0, BLOCK))[:, None]
-    vectors_inside = inner // VECTOR
-    pixel = vector // vectors_inside
-    lane = tl.arange(0, VECTOR)[None, :]
-    offsets = vector * VECTOR + lane
-    within = (vector % vectors_inside) * VECTOR + lane
+    pixel = vector // (inner // VECTOR)
     column = pixel % width
     row = (pixel // width) % height
     image = pixel // (width * height)
-    return offsets, vector < count // VECTOR, image, row, column, within
+    mask = vector < count // VECTOR
+    return _lanes(vector, VECTOR), mask, image, row, column, vector % (inner // VECTOR)
+
+
+@triton.jit
+def _lanes(vector, VECTOR: tl.constexpr):
+    """Offsets of the elements of vectors; the product shows the compiler their alignment."""
+    return vector * VECTOR + tl.arange(0, VECTOR)[None, :]
 
 
 @triton.jit
@@ -81,7 +84,7 @@ def max_pool_forward(
     INT64: tl.constexpr,
 ):
     """Writes y; with CODE the winning taps, with INDICES PyTorch's row * width + column."""
-    offsets, mask, image, out_row, out_column, within = _pixels(
+    offsets, mask, image, out_row, out_column, part = _pixels(
         count, out_height, out_width, inner, BLOCK, VECTOR, INT64
     )
     best = tl.full(offsets.shape, float("-inf"), tl.float32)
@@ -90,7 +93,8 @@ def max_pool_forward(
         row = out_row * STRIDE_H - PADDING_H + (tap // KERNEL_W) * DILATION_H
         column = out_column * STRIDE_W - PADDING_W + (tap % KERNEL_W) * DILATION_W
         inside = mask & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        source = ((image * height + row) * width + column) * inner + within
+        pixel = (image * height + row) * width + column
+        source = _lanes(pixel * (inner // VECTOR) + part, VECTOR)
         x = tl.load(x_pointer + source, mask=inside, other=float("-inf")).to(tl.float32)
         wins = inside & ((x > best) | (x != x) | (code < 0))
         best = tl.where(wins, x, best)
@@ -130,7 +134,7 @@ def max_pool_backward(
     INT64: tl.constexpr,
 ):
     """Writes dx; each output's gradient and code is read by the pixels of its window."""
-    offsets, mask, image, row, column, within = _pixels(
+    offsets, mask, image, row, column, part = _pixels(
         count, height, width, inner, BLOCK, VECTOR, INT64
     )
     # At most this many windows along an axis hold a given pixel.
@@ -147,7 +151,8 @@ def max_pool_backward(
         inside = mask & (out_row >= 0) & (out_row < out_height) & (tap_row < KERNEL_H)
         inside = inside & (out_column >= 0) & (out_column < out_width) & (tap_column < KERNEL_W)
         inside = inside & (down % DILATION_H == 0) & (right % DILATION_W == 0)
-        source = ((image * out_height + out_row) * out_width + out_column) * inner + within
+        pixel = (image * out_height + out_row) * out_width + out_column
+        source = _lanes(pixel * (inner // VECTOR) + part, VECTOR)
         code = tl.load(code_pointer + source, mask=inside, other=0).to(tl.int32)
         grad = tl.load(grad_pointer + source, mask=inside, other=0.0).to(tl.float32)
         total += tl.where(inside & (code == tap_row * KERNEL_W + tap_column), grad, 0.0)

@@ -14,7 +14,7 @@ from alexkern.ops.arguments import pair
 from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
 from alexkern.runtime.launch import device_code, empty, interpreted, launch
-from alexkern.runtime.layout import dense, dense_as, full_fp32_precision, is_channels_last
+from alexkern.runtime.layout import convolution_fp32_precision, dense, dense_as, is_channels_last
 
 
 def conv2d_bias_relu(
@@ -186,7 +186,9 @@ def _autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands in autocast's dtype, where autocast is on and casts them."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (input.dtype, weight.dtype):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input, weight, bias
+    if torch.float64 in (input.dtype, weight.dtype):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -272,7 +274,7 @@ def _launch_conv2d(
     images, channels, height, width = result.shape
     pixels, group_out = images * height * width, constants["GROUP_OUT"]
     products = geometry.taps * constants["GROUP_IN"]
-    tile = config.matmul(source, pixels, group_out, products)
+    tile = config.matmul(source, constants["GROUP_IN"], pixels, group_out, products)
     tiles = -(-pixels // tile.block_m) * -(-group_out // tile.block_n)
     launch(
         device_code("conv").conv2d,
@@ -298,7 +300,7 @@ def _launch_conv2d(
 
 def _matmul_constants(source: Tensor, tile: config.MatmulConfig) -> dict[str, Any]:
     return {
-        "PRECISION": full_fp32_precision(),
+        "PRECISION": convolution_fp32_precision(),
         "UPCAST": interpreted(source) and source.dtype == torch.bfloat16,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -318,7 +320,7 @@ def _split(tensor: Tensor, programs: int, length: int, block: int) -> tuple[int,
 def _weight_grad(output_grad: Tensor, input: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
     images, channels, height, width = output_grad.shape
     pixels, products = images * height * width, geometry.taps * geometry.GROUP_IN
-    tile = config.matmul(output_grad, geometry.GROUP_OUT, products, pixels)
+    tile = config.matmul(input, geometry.GROUP_IN, geometry.GROUP_OUT, products, pixels)
     tiles = -(-geometry.GROUP_OUT // tile.block_m) * -(-products // tile.block_n)
     programs = tiles * (channels // geometry.GROUP_OUT)
     splits, pixels_per_split = _split(output_grad, programs, pixels, tile.block_k)
@@ -376,10 +378,8 @@ def _epilogue_backward(
         images * image_pixels,
         image_pixels,
         pixels_per_split,
-        channels * image_pixels,
-        1 if channels_last else image_pixels,
-        channels if channels_last else 1,
         CHANNELS=channels,
+        CHANNELS_LAST=channels_last,
         RELU=relu,
         BIAS=needs_bias,
         BLOCK_M=tile.block_m,

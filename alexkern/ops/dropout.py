@@ -158,7 +158,7 @@ def _launch(
     inner = columns // source.shape[1] if channels_last else columns
     row_stride = columns if row_stride is None else row_stride
     aligned = not channels_last and row_stride == columns and index_offset % 4 == 0
-    blocks = config.pointwise(source, 8)
+    blocks = config.pointwise(source, count)
     launch(
         device_code("dropout").dropout_apply,
         blocks.programs(count),
@@ -175,5 +175,6 @@ def _launch(
         CHANNELS_LAST=channels_last,
         ALIGNED=aligned,
         BLOCK=blocks.block,
+        VECTOR=blocks.vector,
         num_warps=blocks.num_warps,
     )

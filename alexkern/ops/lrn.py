@@ -125,7 +125,7 @@ def _launch(
         GROUPS=groups,
         SIZE=size,
         BETA=beta,
-        BLOCK=blocks.rows,
+        BLOCK=blocks.block,
         VECTOR=blocks.vector,
         num_warps=blocks.num_warps,
     )

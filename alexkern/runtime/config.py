@@ -69,7 +69,7 @@ def pointwise(tensor: Tensor, divisible: int) -> PointwiseConfig:
     """
     vector = 8 if divisible % 8 == 0 else 1
     if for_interpreter(tensor):
-        return PointwiseConfig(min(2**17, power_of_two(max(tensor.numel(), vector))), vector, 4)
+        return PointwiseConfig(min(2**17, power_of_two(max(tensor.numel(), 8))), vector, 4)
     return PointwiseConfig(1024, vector, 4)
 
 
@@ -84,16 +84,23 @@ class MatmulConfig:
     num_stages: int
 
 
-def matmul(tensor: Tensor, m: int, n: int, k: int) -> MatmulConfig:
-    """For a product of [m, k] by [k, n] per group; ``tensor`` gives device and dtype."""
-    if for_interpreter(tensor):
+def matmul(source: Tensor, group_channels: int, m: int, n: int, k: int) -> MatmulConfig:
+    """For a product of [m, k] by [k, n] per group that gathers pixels of ``source``.
+
+    Large tiles only where 16-byte loads are possible (channels_last, channels per group and
+    strides that fit): one address per element would not fit the registers.
+    """
+    if for_interpreter(source):
         block_n = min(max(16, power_of_two(n)), 512)
         block_k = min(max(16, power_of_two(k)), _LARGEST_BLOCK // 512)
         block_m = min(max(16, power_of_two(m)), _LARGEST_BLOCK // max(block_n, block_k))
         return MatmulConfig(block_m, block_n, block_k, 4, 1)
-    if tensor.dtype == torch.float32:
+    aligned = all(stride == 1 or stride % 16 == 0 for stride in source.stride())
+    if source.dtype == torch.float32:
+        return MatmulConfig(64, 64, 16, 8, 2) if aligned else MatmulConfig(64, 64, 16, 8, 1)
+    if not aligned or group_channels % 8:
         return MatmulConfig(64, 64, 32, 4, 2)
-    return MatmulConfig(128, 64 if n <= 64 else 128, 32, 8 if n > 64 else 4, 3)
+    return MatmulConfig(128, 64, 32, 4, 3) if n <= 64 else MatmulConfig(128, 128, 32, 8, 3)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The only file that launches kernels and allocates their results."""
 
-import warnings
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +16,7 @@ from torch import Tensor
 # a tensor, hence the margin.
 _INT32_LIMIT = 2**31 - 2**24
 
+_logger = logging.getLogger("alexkern")
 _poison = False
 _announced = False
 
@@ -154,10 +155,7 @@ def _check_interpreter(kernel: Any, device: torch.device) -> None:
     _check_interpreter_numpy()
     if not _announced:
         _announced = True
-        warnings.warn(
-            "alexkern's Triton kernels run in Triton's interpreter on the CPU: exact but slow",
-            stacklevel=2,
-        )
+        _logger.warning("alexkern: kernels run on the CPU in Triton's interpreter (slow)")
 
 
 def _check_interpreter_numpy() -> None:

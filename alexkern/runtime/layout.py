@@ -37,10 +37,11 @@ def outer_channels_inner(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.shape[0], channels, inner
 
 
-def full_fp32_precision() -> str:
+def convolution_fp32_precision() -> str:
     """``"tf32"`` or ``"ieee"``: torch's current switch for float32 convolutions.
 
     Read from the ``fp32_precision`` attributes; the older ``allow_tf32`` raises once a user
     has set the newer ones.
     """
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" if convolutions.fp32_precision == "tf32" else "ieee"
