@@ -21,7 +21,7 @@ class _Identity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
-        return torch.empty_like(input)
+        return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
 def _image() -> Tensor:

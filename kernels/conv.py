@@ -118,7 +118,7 @@ def conv2d(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, products, BLOCK_K):
         product = start + tl.arange(0, BLOCK_K)
-        channel = product % GROUP_IN
+        channel = (product % GROUP_IN).to(pixel.dtype)  # 64 bits if offsets need them
         tap_row = product // GROUP_IN // KERNEL_W
         tap_column = product // GROUP_IN % KERNEL_W
         if TRANSPOSED:
@@ -338,6 +338,8 @@ def sum_partials(
     offsets = program * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < count
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        total += tl.load(partial_pointer + split * count + offsets, mask=mask, other=0.0)
+    source = offsets
+    for _ in range(splits):
+        total += tl.load(partial_pointer + source, mask=mask, other=0.0)
+        source += count
     tl.store(sum_pointer + offsets, total.to(sum_pointer.dtype.element_ty), mask=mask)

@@ -57,7 +57,8 @@ def _window_sum(
     total = tl.zeros(offsets.shape, tl.float32)
     for shift in range(-BEFORE, AFTER + 1):
         inside = mask & (channel + shift >= 0) & (channel + shift < group_size)
-        value = tl.load(pointer + offsets + shift * inner, mask=inside, other=0.0).to(tl.float32)
+        neighbour = offsets + shift * tl.cast(inner, offsets.dtype)
+        value = tl.load(pointer + neighbour, mask=inside, other=0.0).to(tl.float32)
         total += value * value if SQUARE else value
     return total
 
