@@ -35,7 +35,7 @@ def max_pool2d(
             once). float32, float16 and bfloat16 have kernels; other dtypes run the reference.
         kernel_size: window extent in pixels, one int or (height, width).
         stride: distance of windows in pixels; ``kernel_size`` if None or empty.
-        padding: implicit border of -inf in pixels, at most half the (dilated) window.
+        padding: implicit border of -inf in pixels, at most half of ``kernel_size``.
         dilation: distance of the window's taps in pixels.
         ceil_mode: round the output extent up, so that windows may hang over the far edges.
         return_indices: also return the maxima's places.
@@ -52,7 +52,7 @@ def max_pool2d(
         TypeError: an extent is not an int.
     """
     kernel = pair(kernel_size, "kernel_size")
-    strides = pair(stride, "stride") if stride is not None and stride != () else kernel
+    strides = kernel if stride is None or stride in ((), []) else pair(stride, "stride")
     pads, dilations = pair(padding, "padding"), pair(dilation, "dilation")
     output_size = _output_size(input, kernel, strides, pads, dilations, ceil_mode)
     if input.numel() == 0 or not runs_triton("pool", input):
@@ -94,10 +94,10 @@ def _output_size(
     size = []
     for axis in range(2):
         span = (kernel[axis] - 1) * dilation[axis] + 1
-        if padding[axis] > span // 2:
+        if padding[axis] > kernel[axis] // 2:
             raise RuntimeError(
-                "pad should be at most half of effective kernel size, but got "
-                f"pad={padding[axis]}, kernel_size={kernel[axis]} and dilation={dilation[axis]}"
+                "pad should be smaller than or equal to half of kernel size, but got "
+                f"pad={padding[axis]}, kernel_size={kernel[axis]}"
             )
         extent = input.shape[axis - 2] + padding[axis]
         room = extent + padding[axis] - span
@@ -150,7 +150,7 @@ class _MaxPool2d(Function):
         )
         if code is not None:
             ctx.save_for_backward(code)
-            ctx.input_size = input.shape[2:]
+            ctx.input_size, ctx.channels_last = input.shape[2:], channels_last
             ctx.geometry = geometry
         if indices is not None:
             ctx.mark_non_differentiable(indices)
@@ -162,17 +162,16 @@ class _MaxPool2d(Function):
         ctx: Any, output_grad: Tensor, indices_grad: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         (code,) = ctx.saved_tensors
-        channels_last = is_channels_last(code)
-        output_grad = dense_as(output_grad, channels_last)
+        output_grad = dense_as(output_grad, ctx.channels_last)
         shape = (*code.shape[:2], *ctx.input_size)
-        input_grad = empty(shape, output_grad, channels_last=channels_last)
+        input_grad = empty(shape, output_grad, channels_last=ctx.channels_last)
         _launch(
             device_code("pool").max_pool_backward,
             (output_grad, code, input_grad),
             input_grad,
             ctx.input_size,
             code.shape[2:],
-            channels_last,
+            ctx.channels_last,
             ctx.geometry,
         )
         return input_grad, None, None, None, None

@@ -1,0 +1,1 @@
+"""The paper's training system: command line, loop, checkpoints and metrics."""

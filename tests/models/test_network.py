@@ -1,0 +1,343 @@
+import importlib.util
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import alexkern
+from alexkern import ops
+from alexkern.models import PRESETS, AlexNet, alexnet
+from alexkern.models.network import spatial_response_norm
+
+LAYERS = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
+
+
+def on_meta(preset: str, num_classes: int = 1000) -> AlexNet:
+    with torch.device("meta"):
+        return alexnet(preset, num_classes)
+
+
+def images(preset: str, batch: int = 2, scale: float = 60.0) -> Tensor:
+    size = PRESETS[preset].crop_size
+    random = torch.Generator().manual_seed(3)
+    return scale * torch.randn(batch, 3, size, size, generator=random, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        ("paper", 60_965_224),
+        ("krizhevsky2012", 60_965_224),
+        ("one_gpu", 59_798_312),
+        ("owt", 61_100_840),
+    ],
+)
+def test_number_of_parameters(preset, count):
+    assert sum(parameter.numel() for parameter in on_meta(preset).parameters()) == count
+
+
+def test_parameters_per_layer_of_the_paper():
+    model = on_meta("paper")
+    counts = [sum(p.numel() for p in model.get_submodule(name).parameters()) for name in LAYERS]
+    assert counts == [
+        *(34_944, 307_456, 885_120, 663_936, 442_624),
+        *(37_752_832, 16_781_312, 4_097_000),
+    ]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Shapes of what the ops give, products per image, and the arguments of dropout."""
+    record = {"conv": [], "pool": [], "norm": [], "dropout": [], "macs": 0}
+
+    def convolve(x, weight, *args, **kwargs):
+        output = original["conv2d_bias_relu"](x, weight, *args, **kwargs)
+        record["conv"].append(tuple(output.shape[1:]))
+        record["macs"] += output[0].numel() * weight[0].numel()
+        return output
+
+    def pool(x, *args, **kwargs):
+        output = original["max_pool2d"](x, *args, **kwargs)
+        record["pool"].append(tuple(output.shape[1:]))
+        return output
+
+    def norm(x, *args, **kwargs):
+        record["norm"].append((tuple(x.shape[1:]), args))
+        return original["local_response_norm"](x, *args, **kwargs)
+
+    def dropout(x, p, training, *, mode, seed):
+        record["dropout"].append((x.shape[1], p, training, mode))
+        return original["dropout"](x, p, training, mode=mode, seed=seed)
+
+    replacements = {
+        "conv2d_bias_relu": convolve,
+        "max_pool2d": pool,
+        "local_response_norm": norm,
+        "dropout": dropout,
+    }
+    original = {name: getattr(ops, name) for name in replacements}
+    for name, function in replacements.items():
+        monkeypatch.setattr(ops, name, function)
+    return record
+
+
+def test_shapes_and_products_of_the_paper(recorded):
+    model = alexnet("paper").double()
+    for layer in (model.fc6, model.fc7, model.fc8):
+        recorded["macs"] += layer.weight.numel()
+    assert model.eval()(images("paper", 1)).shape == (1, 1000)
+    assert recorded["conv"] == [
+        *((96, 55, 55), (256, 27, 27), (384, 13, 13), (384, 13, 13), (256, 13, 13)),
+    ]
+    assert recorded["pool"] == [(96, 27, 27), (256, 13, 13), (256, 6, 6)]
+    assert recorded["norm"] == [
+        ((96, 55, 55), (5, 1e-4, 0.75, 2.0, "sum", 1)),
+        ((256, 27, 27), (5, 1e-4, 0.75, 2.0, "sum", 1)),
+    ]
+    assert recorded["dropout"] == [(4096, 0.5, False, "paper")] * 2
+    assert recorded["macs"] == 724_406_816
+
+
+def test_mini_shrinks_as_the_paper_does(recorded):
+    model = alexnet("mini", 10).double()
+    assert model(images("mini")).shape == (2, 10)
+    assert [shape[1:] for shape in recorded["conv"]] == [(15, 15), (7, 7), (3, 3), (3, 3), (3, 3)]
+    assert [shape[1:] for shape in recorded["pool"]] == [(7, 7), (3, 3), (1, 1)]
+    assert len(recorded["norm"]) == len(recorded["dropout"]) == 2
+    groups = [getattr(model, name).groups for name in LAYERS[:5]]
+    assert groups == [1, 2, 1, 2, 2]
+
+
+def test_owt_drops_before_the_layers(recorded):
+    alexnet("owt", 3).double()(images("owt", 1))
+    assert recorded["dropout"] == [(9216, 0.5, True, "inverted"), (4096, 0.5, True, "inverted")]
+    assert recorded["norm"] == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "middle_std"), [("paper", 0.01), ("krizhevsky2012", 0.03), ("one_gpu", 0.01)]
+)
+def test_initialisation_of_the_paper(preset, middle_std):
+    torch.manual_seed(0)
+    model = alexnet(preset)
+    stds = [0.01, 0.01, middle_std, middle_std, middle_std, 0.01, 0.01, 0.01]
+    biases = [0, 1, 0, 1, 1, 1, 1, 0]
+    for name, std, bias in zip(LAYERS, stds, biases, strict=True):
+        layer = model.get_submodule(name)
+        check_normal(layer.weight.detach(), std)
+        assert torch.all(layer.bias == bias), name
+
+
+def test_initialisation_of_mini():
+    torch.manual_seed(0)
+    model = alexnet("mini", 10)
+    for name in LAYERS:
+        layer = model.get_submodule(name)
+        check_normal(layer.weight.detach(), math.sqrt(2 / layer.weight[0].numel()))
+        assert torch.all(layer.bias == 0)
+
+
+def check_normal(weight: Tensor, std: float) -> None:
+    """Mean and standard deviation within five standard errors; tails as a normal's."""
+    count = weight.numel()
+    assert abs(weight.mean().item()) < 5 * std / math.sqrt(count)
+    assert abs(weight.std().item() - std) < 5 * std / math.sqrt(2 * count)
+    within_one = (weight.abs() < std).double().mean().item()
+    assert abs(within_one - 0.6827) < 5 * 0.47 / math.sqrt(count)
+
+
+def test_initialisation_follows_the_seed():
+    torch.manual_seed(5)
+    first, other = alexnet("mini", 10), alexnet("mini", 10)
+    torch.manual_seed(5)
+    again = alexnet("mini", 10)
+    assert torch.equal(first.conv1.weight, again.conv1.weight)
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+
+
+def test_paper_equals_its_formula():
+    model = alexnet("paper", 7).double().eval()
+    x = images("paper", 1)
+
+    def norm(a: Tensor) -> Tensor:
+        return F.local_response_norm(a, 5, alpha=5e-4, beta=0.75, k=2.0)
+
+    def convolve(a: Tensor, layer: nn.Conv2d, stride: int = 1, padding: int = 0) -> Tensor:
+        halves = zip(
+            a.chunk(layer.groups, 1),
+            layer.weight.chunk(layer.groups),
+            layer.bias.chunk(layer.groups),
+            strict=True,
+        )
+        return torch.cat([F.conv2d(a, w, b, stride, padding) for a, w, b in halves], 1)
+
+    expected = F.relu(convolve(F.pad(x, (0, 3, 0, 3)), model.conv1, stride=4))
+    expected = F.max_pool2d(norm(expected), 3, 2)
+    expected = F.max_pool2d(norm(F.relu(convolve(expected, model.conv2, padding=2))), 3, 2)
+    expected = F.relu(convolve(expected, model.conv3, padding=1))
+    expected = F.relu(convolve(expected, model.conv4, padding=1))
+    expected = F.max_pool2d(F.relu(convolve(expected, model.conv5, padding=1)), 3, 2).flatten(1)
+    for layer in (model.fc6, model.fc7):
+        expected = F.relu(expected @ layer.weight.T + layer.bias) / 2
+    expected = expected @ model.fc8.weight.T + model.fc8.bias
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_krizhevsky2012_equals_the_order_of_the_2012_code():
+    model = alexnet("krizhevsky2012", 7).double().eval()
+    x = images("krizhevsky2012", 1)
+
+    def norm_of_each_gpu(a: Tensor) -> Tensor:
+        halves = [F.local_response_norm(half, 5, 1e-4, 0.75, 2.0) for half in a.chunk(2, 1)]
+        return torch.cat(halves, 1)
+
+    def spatial(a: Tensor) -> Tensor:
+        windows = F.unfold((a * a).flatten(0, 1)[:, None], 5, padding=2).sum(1)
+        return a / (1 + 0.001 * windows.view(a.shape) / 25) ** 0.75
+
+    def conv(a: Tensor, layer: nn.Conv2d, padding: int) -> Tensor:
+        return F.conv2d(a, layer.weight, layer.bias, 1, padding, 1, layer.groups)
+
+    first = F.conv2d(F.pad(x, (0, 3, 0, 3)), model.conv1.weight, model.conv1.bias, 4)
+    expected = F.relu(F.max_pool2d(norm_of_each_gpu(first), 3, 2, ceil_mode=True))
+    second = norm_of_each_gpu(F.relu(conv(expected, model.conv2, 2)))
+    expected = F.max_pool2d(spatial(second), 3, 2, ceil_mode=True)
+    expected = F.relu(conv(expected, model.conv3, 1))
+    expected = F.relu(conv(expected, model.conv4, 1))
+    expected = F.max_pool2d(F.relu(conv(expected, model.conv5, 1)), 3, 2).flatten(1)
+    for layer in (model.fc6, model.fc7):
+        expected = F.relu(F.linear(expected, layer.weight, layer.bias)) * 0.5
+    expected = F.linear(expected, model.fc8.weight, model.fc8.bias)
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_spatial_norm_counts_outside_pixels_as_zero():
+    x = torch.full((1, 1, 3, 3), 100.0, dtype=torch.float64)
+    # All nine pixels lie in every 5x5 window: mean square 9 * 100**2 / 25 = 3600.
+    expected = torch.full_like(x, 100 * (1 + 0.001 * 3600) ** -0.75)
+    torch.testing.assert_close(spatial_response_norm(x), expected)
+
+
+def torchvision_copy(num_classes: int) -> nn.Module:
+    """torchvision's structure under its names."""
+    model = nn.Module()
+    model.features = nn.Sequential(
+        *(nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)),
+    )
+    model.classifier = nn.Sequential(
+        *(nn.Dropout(), nn.Linear(9216, 4096), nn.ReLU()),
+        *(nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU()),
+        nn.Linear(4096, num_classes),
+    )
+    model.forward = lambda x: model.classifier(model.features(x).flatten(1))
+    return model
+
+
+def check_takes_state_of(theirs: nn.Module) -> None:
+    theirs.double().eval()
+    ours = alexnet("owt", 7).double().eval()
+    state = theirs.state_dict()
+    names = list(state)
+    ours.load_state_dict(state)
+    assert list(state) == names
+    x = images("owt", scale=1.0)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_owt_takes_the_names_of_torchvision():
+    check_takes_state_of(torchvision_copy(7))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="no torchvision")
+def test_owt_equals_torchvision():
+    try:
+        from torchvision.models import alexnet as theirs
+    except RuntimeError as error:
+        pytest.skip(f"torchvision does not fit this torch: {error}")
+    check_takes_state_of(theirs(num_classes=7))
+
+
+def test_state_dict_round_trip():
+    first, second = alexnet("mini", 4), alexnet("mini", 4)
+    assert list(first.state_dict()) == [
+        f"{name}.{kind}" for name in LAYERS for kind in ("weight", "bias")
+    ]
+    second.load_state_dict(first.state_dict())
+    x = images("mini", scale=1.0).float()
+    assert torch.equal(first.eval()(x), second.eval()(x))
+
+
+def test_equal_dropout_seeds_give_equal_outputs():
+    model = alexnet("mini", 4)
+    x = images("mini", scale=1.0).float()
+    one = model(x, torch.tensor([1, 2]))
+    assert torch.equal(one, model(x, torch.tensor([1, 2])))
+    assert not torch.equal(one, model(x, torch.tensor([3, 2])))
+    assert not torch.equal(one, model(x, torch.tensor([1, 3])))
+    torch.manual_seed(0)
+    drawn = model(x)
+    assert not torch.equal(drawn, model(x))
+    torch.manual_seed(0)
+    assert torch.equal(drawn, model(x))
+
+
+def test_layouts_agree():
+    model = alexnet("mini", 4).double().eval()
+    x = images("mini", scale=1.0)
+    expected = model(x)
+    model.to(memory_format=torch.channels_last)
+    actual = model(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_kernels_agree_with_plain_pytorch_in_a_whole_step():
+    """Both against float64, gradients of every parameter included."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = alexnet("mini", 4).to(device)
+    x = images("mini", scale=1.0).to(device)
+    seeds = torch.tensor([1, 2], device=device)
+
+    def step(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        model.to(dtype).zero_grad()
+        with alexkern.use_backend(backend):
+            loss = F.cross_entropy(model(x.to(dtype), seeds), torch.tensor([1, 3], device=device))
+        loss.backward()
+        return [loss.detach()] + [p.grad.clone() for p in model.parameters()]
+
+    exact = step("torch", torch.float64)
+    # Rounding of the longest sum, over the pixels of conv1's outputs.
+    floor = 2**-23 * math.sqrt(2 * 15 * 15)
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    for name, ours, theirs, truth in zip(
+        names, step("triton", torch.float32), step("torch", torch.float32), exact, strict=True
+    ):
+        error = (ours - truth).abs().max()
+        assert error <= 2 * (theirs - truth).abs().max() + floor * truth.abs().max(), name
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match=r"'papr'.*paper, krizhevsky2012, one_gpu, owt, mini"):
+        alexnet("papr")
+
+
+def test_too_few_classes():
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        alexnet("mini", 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 33), (1, 1, 32, 32), (3, 32, 32), (1, 3, 224, 224)])
+def test_wrong_input_names_the_expected_crop(shape):
+    with pytest.raises(ValueError, match=r"'mini' takes .*\[batch, 3, 32, 32\], got"):
+        alexnet("mini", 4)(torch.zeros(shape))
+
+
+def test_wrong_number_of_dropout_seeds():
+    with pytest.raises(ValueError, match=r"shape \[2\].*got \[3\]"):
+        alexnet("mini", 4)(torch.zeros(1, 3, 32, 32), torch.tensor([1, 2, 3]))

@@ -1,0 +1,326 @@
+"""The rule by which results are compared, and each op's floor of error.
+
+The truth is float64, computed by PyTorch on the same (already rounded) inputs. For the output and
+for every gradient, in whatever dtype,
+
+    max over elements of (error - floor) <= 2 * largest error of PyTorch's own op
+    RMS error                            <= 2 * RMS error of PyTorch's own op + RMS floor
+
+PyTorch's own op runs in the same dtype, on the same inputs and device. Where PyTorch lacks the
+dtype there, its result is the truth rounded to the dtype. The floor is what no implementation with
+float32 sums can avoid: half an ulp of the result's dtype, plus the error of its float32
+arithmetic, derived below per op in units of float32's unit roundoff u = 2**-24. There is no other
+tolerance.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexkern import ops, reference, use_backend
+from alexkern.runtime.layout import is_channels_last
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["nchw", "channels_last"]
+UNIT = 2.0**-24  # unit roundoff of float32
+UNIT_TF32 = 2.0**-11
+
+
+def check(what: str, actual: Tensor, truth: Tensor, own_error: Tensor, floor: Tensor) -> None:
+    """Apply the rule; ``floor`` is that of the float32 arithmetic alone."""
+    assert actual.shape == truth.shape, what
+    if truth.numel() == 0:
+        return
+    kind = torch.finfo(actual.dtype)
+    floor = floor + kind.eps / 2 * truth.abs().clamp_min(kind.smallest_normal)
+    error = (actual.double() - truth).abs()
+    largest = (error - floor).max()
+    assert largest <= 2 * own_error.max(), f"{what}: {largest} above 2 * {own_error.max()}"
+    limit = 2 * _rms(own_error) + _rms(floor)
+    assert _rms(error) <= limit, f"{what}: RMS {_rms(error)} above {limit}"
+
+
+def check_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal dtype, shape and values, with equal signs of zero and NaN in the same places."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    if actual.is_floating_point():
+        numbers = ~expected.isnan()
+        assert torch.equal(actual.signbit()[numbers], expected.signbit()[numbers])
+
+
+def check_format(actual: Tensor, like: Tensor) -> None:
+    """Dense, in the memory format of ``like`` (NCHW if that is neither)."""
+    if like.dim() >= 3 and is_channels_last(like):
+        assert actual.movedim(1, -1).is_contiguous()
+    else:
+        assert actual.is_contiguous()
+
+
+def check_refusal(
+    theirs: Callable[..., Any], ours: Callable[..., Any], named: str, *arguments: Any, **keys: Any
+) -> None:
+    """Both refuse the call with the same type of error, and ours names what is wrong."""
+    with pytest.raises(Exception) as expected:  # noqa: PT011  (its type is the point)
+        theirs(*arguments, **keys)
+    for backend in ("triton", "torch"):
+        with use_backend(backend), pytest.raises(expected.type) as raised:
+            ours(*arguments, **keys)
+        # PyTorch's own subclasses (NotImplementedError is a RuntimeError) may be wider
+        assert raised.type is expected.type
+        assert named in str(raised.value)
+
+
+def inside_nans(tensor: Tensor, offset: int) -> Tensor:
+    """A copy with equal strides whose surroundings in memory are NaN, ``offset`` elements in."""
+    margin = 4096
+    buffer = tensor.new_full((tensor.numel() + 2 * margin + offset,), math.nan)
+    return buffer.as_strided(tensor.shape, tensor.stride(), margin + offset).copy_(tensor)
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    """The same memory as leaves that require grad."""
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def gradient_like(output: Tensor) -> Tensor:
+    """A random gradient of an output, in its memory format."""
+    generator = torch.Generator().manual_seed(99)
+    values = torch.randn(output.shape, generator=generator)
+    return torch.empty_like(output).copy_(values)
+
+
+def _rms(value: Tensor) -> float:
+    return float(value.square().mean().sqrt())
+
+
+def _double(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return leaves(*(tensor.double() for tensor in tensors))
+
+
+def _own(
+    compute: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], truths: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """PyTorch's own results in the tensors' dtype, or the truths rounded where it has none."""
+    try:
+        return compute(*leaves(*tensors))
+    except RuntimeError:  # the same call has just succeeded in float64
+        return tuple(truth.to(tensors[0].dtype) for truth in truths)
+
+
+def _check_properties(output: Tensor, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    assert output.dtype == tensors[0].dtype
+    check_format(output, tensors[0])
+    for grad, tensor in zip(grads, tensors, strict=True):
+        assert grad.dtype == tensor.dtype
+        assert grad.shape == tensor.shape
+    check_format(grads[0], tensors[0])
+
+
+def plain_conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", **keys: Any
+) -> Tensor:
+    """The op in PyTorch, which has no (left, right, top, bottom) and no activation."""
+    padding = keys.get("padding", 0)
+    if not isinstance(padding, str | int) and len(padding) == 4:
+        input, keys = F.pad(input, padding), {**keys, "padding": 0}
+    output = F.conv2d(input, weight, bias, **keys)
+    return output.relu() if activation == "relu" else output
+
+
+def check_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    needs_input: bool = True,
+    tf32: bool = False,
+    **keys: Any,
+) -> None:
+    """Output and gradients of conv2d_bias_relu.
+
+    Floor: a sum of K products in float32, in whatever order, is off by sqrt(K) * u * sum|terms|
+    (rounding errors of K operations are independent and of mean zero: Higham and Mary 2019).
+    Under TF32 both factors of each product are rounded to 11 bits first: 2 * 2**-11 * sum|terms|.
+    sum|terms| is the same convolution of absolute values; K is the taps times the channels of a
+    group for output (plus the bias) and input gradient, the pixels for the others.
+
+    The ReLU lets a gradient through by the sign of the output, which rounding decides where the
+    sum is near zero. It is checked as an output; the gradients' truths take it as it came.
+    """
+    tensors = [input, weight] if bias is None else [input, weight, bias]
+    ours = leaves(*tensors)
+    ours[0].requires_grad_(needs_input)
+    wanted = slice(None) if needs_input else slice(1, None)
+    output = ops.conv2d_bias_relu(*ours, activation=activation, **keys)
+    upstream = gradient_like(output)
+    grads = torch.autograd.grad(output, ours[wanted], upstream)
+
+    def open_gate(result: Tensor) -> Tensor:
+        gate = upstream.double()
+        return gate if activation == "none" else gate.where(~(result <= 0), 0.0)
+
+    def linear(operands: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        result = plain_conv(*operands, **keys)
+        return result, torch.autograd.grad(result, operands[wanted], grad)
+
+    def own_results(*operands: Tensor) -> tuple[Tensor, ...]:
+        result = plain_conv(*operands, activation=activation, **keys)
+        return result, *torch.autograd.grad(result, operands[wanted], upstream)
+
+    doubles = _double(tensors)
+    truth, truths = linear(doubles, open_gate(output))
+    truth = truth.relu() if activation == "relu" else truth
+    own, *own_grads = _own(own_results, tensors, [truth, *truths])
+    _, own_truths = linear(doubles, open_gate(own))
+    absolute = leaves(*(tensor.detach().abs() for tensor in doubles))
+    terms, grad_terms = linear(absolute, open_gate(output).abs())
+
+    if needs_input:
+        _check_properties(output, grads, tensors)
+    taps, pixels = weight[0, 0].numel(), output[:, 0].numel() if output.dim() == 4 else 0
+    pixels = pixels or output[0].numel()
+    group_out = weight.shape[0] // keys.get("groups", 1)
+    lengths = [taps * group_out, pixels, pixels][wanted]
+
+    def floor(magnitude: Tensor, length: int) -> Tensor:
+        return magnitude * (UNIT * math.sqrt(length) + (2 * UNIT_TF32 if tf32 else 0.0))
+
+    length = taps * weight.shape[1] + 1
+    check("output", output, truth, (own - truth).abs(), floor(terms, length))
+    names = ["input gradient", "weight gradient", "bias gradient"][wanted]
+    for index, (name, grad) in enumerate(zip(names, grads, strict=False)):
+        own_error = (own_grads[index] - own_truths[index]).abs()
+        bound = floor(grad_terms[index], lengths[index])
+        check(name, grad, truths[index], own_error, bound)
+
+
+def plain_lrn(
+    input: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    alpha_mode: str = "mean",
+    groups: int = 1,
+) -> Tensor:
+    """The op in PyTorch, which divides alpha by size and has no groups."""
+    alpha = alpha * size if alpha_mode == "sum" else alpha
+    parts = input.chunk(groups, 1)
+    return torch.cat([F.local_response_norm(part, size, alpha, beta, k) for part in parts], 1)
+
+
+def window_sum(value: Tensor, before: int, after: int, groups: int) -> Tensor:
+    """Sums over [c - before, c + after] within each of the groups of dimension 1."""
+    grouped = value.movedim(1, -1).unflatten(-1, (groups, -1))
+    sums = F.pad(grouped, (before, after)).unfold(-1, before + after + 1, 1).sum(-1)
+    return sums.flatten(-2).movedim(-1, 1)
+
+
+def check_lrn(
+    input: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    alpha_mode: str = "mean",
+    groups: int = 1,
+) -> None:
+    """Output and gradient of local_response_norm.
+
+    Floor, relative, in units of u, for k and alpha that are not negative (nothing cancels in d):
+    - d = k + s * sum: size (squares and sum) + 4 (k, s, product, sum).
+    - d**-beta: beta times that, plus the power itself. By roots (beta a multiple of 1/4): 4 per
+      division (2 ulp on a GPU) and 12 for up to two roots of 2 ulp and their products. By
+      exp2(-beta * log2 d): log2 is off by 1 relative and 4 absolute, beta and the product by 1
+      each, and exp2 turns an absolute error into ln 2 of it relative and adds 4:
+      ln 2 * beta * (3 * |log2 d| + 4) + 4.
+    - y: 1 more.
+    - t: that of the power, size + 8 for the division by d, 2 products.
+    - dx: size additions and 5 products for the second of its terms, 1 for their difference.
+    """
+    arguments = (size, alpha, beta, k, alpha_mode, groups)
+    (ours,) = leaves(input)
+    output = ops.local_response_norm(ours, *arguments)
+    upstream = gradient_like(output)
+    (grad,) = torch.autograd.grad(output, ours, upstream)
+    _check_properties(output, [grad], [input])
+
+    def results(value: Tensor) -> tuple[Tensor, ...]:
+        result = plain_lrn(value, *arguments)
+        return result, *torch.autograd.grad(result, value, upstream.to(value.dtype))
+
+    (double,) = _double([input])
+    truth, grad_truth = results(double)
+    own, own_grad = _own(results, [input], [truth, grad_truth])
+
+    x, g = double.detach().abs(), upstream.double().abs()
+    scale = alpha if alpha_mode == "sum" else alpha / size
+    before, after = size // 2, (size - 1) // 2
+    d = k + scale * window_sum(x * x, before, after, groups)
+    power = beta * (size + 4)
+    if beta * 4 == int(beta * 4):
+        power = power + 4 * int(beta) + 12
+    else:
+        power = power + math.log(2) * beta * (3 * d.log2().abs() + 4) + 4
+    check("output", output, truth, (own - truth).abs(), UNIT * (power + 1) * truth.abs())
+    first = g * d**-beta
+    second = 2 * scale * beta * x * window_sum(g * x * d ** (-beta - 1), after, before, groups)
+    floor = UNIT * ((power + 2) * first + (power + 2 * size + 16) * second)
+    check("gradient", grad, grad_truth, (own_grad - grad_truth).abs(), floor)
+
+
+def check_pool(input: Tensor, kernel_size: int | tuple[int, int], **keys: Any) -> None:
+    """Output, indices and gradient of max_pool2d.
+
+    The output is a selection: equal to PyTorch's. Floor of the gradient: a pixel adds up the
+    gradients of at most as many windows as there are taps.
+    """
+    (ours,) = leaves(input)
+    output, indices = ops.max_pool2d(ours, kernel_size, return_indices=True, **keys)
+    upstream = gradient_like(output)
+    (grad,) = torch.autograd.grad(output, ours, upstream)
+    _check_properties(output, [grad], [input])
+
+    def results(value: Tensor, upstream: Tensor = upstream) -> tuple[Tensor, ...]:
+        pooled, places = F.max_pool2d(value, kernel_size, return_indices=True, **keys)
+        return pooled, places, *torch.autograd.grad(pooled, value, upstream.to(value.dtype))
+
+    (double,) = _double([input])
+    truth, places, grad_truth = results(double)
+    own, _, own_grad = _own(results, [input], [truth, places, grad_truth])
+    check_same(output.detach(), own.detach())
+    check_same(indices, places)
+    check_format(indices, input)
+    with torch.no_grad():
+        check_same(ops.max_pool2d(ours, kernel_size, **keys), own.detach())
+    windows = math.prod((kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size)
+    terms = results(double, upstream.abs())[2]
+    check("gradient", grad, grad_truth, (own_grad - grad_truth).abs(), UNIT * windows * terms)
+
+
+def check_dropout(
+    input: Tensor, seed: Tensor, p: float = 0.5, mode: str = "inverted", **place: Any
+) -> None:
+    """Output and gradient of dropout with a given seed.
+
+    Floor: the scale's own rounding to float32 and the product's. PyTorch draws other masks; its
+    own result is its formula, input * (mask / (1 - p)) in the input's dtype, with this mask.
+    """
+    (ours,) = leaves(input)
+    output = ops.dropout(ours, p, mode=mode, seed=seed, **place)
+    upstream = gradient_like(output)
+    (grad,) = torch.autograd.grad(output, ours, upstream)
+    _check_properties(output, [grad], [input])
+    shard = {"index_offset": 0, "row_stride": None, **place}
+    keeps = reference.dropout_keeps(input.shape, p, seed.view(()), **shard)
+    kept = 1.0 - p if mode == "inverted" and p < 1 else 1.0
+    noise = keeps.to(input.dtype) / kept
+    for what, result, value in (("output", output, input), ("gradient", grad, upstream)):
+        truth = value.detach().double() * keeps / kept
+        own_error = (value.detach() * noise - truth).abs()
+        check(what, result, truth, own_error, 2 * UNIT * truth.abs())
