@@ -8,9 +8,9 @@ for every gradient, in whatever dtype,
 
 PyTorch's own op runs in the same dtype, on the same inputs and device. Where PyTorch lacks the
 dtype there, its result is the truth rounded to the dtype. The floor is what no implementation with
-float32 sums can avoid: half an ulp of the result's dtype, plus the error of its float32
-arithmetic, derived below per op in units of float32's unit roundoff u = 2**-24. There is no other
-tolerance.
+float32 sums can avoid: half an ulp of the result's dtype (a whole one for bfloat16 in Triton's
+interpreter, which cuts where hardware rounds), plus the error of its float32 arithmetic, derived
+below per op in units of float32's unit roundoff u = 2**-24. There is no other tolerance.
 """
 
 import math
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexkern import ops, reference, use_backend
+from alexkern.runtime.backend import current_backend
 from alexkern.runtime.layout import is_channels_last
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -36,8 +37,11 @@ def check(what: str, actual: Tensor, truth: Tensor, own_error: Tensor, floor: Te
     assert actual.shape == truth.shape, what
     if truth.numel() == 0:
         return
+    actual, truth, own_error = actual.detach(), truth.detach(), own_error.detach()
     kind = torch.finfo(actual.dtype)
-    floor = floor + kind.eps / 2 * truth.abs().clamp_min(kind.smallest_normal)
+    interpreted = actual.device.type == "cpu" and current_backend() == "triton"
+    ulps = 1.0 if interpreted and actual.dtype == torch.bfloat16 else 0.5
+    floor = floor.detach() + ulps * kind.eps * truth.abs().clamp_min(kind.smallest_normal)
     error = (actual.double() - truth).abs()
     largest = (error - floor).max()
     assert largest <= 2 * own_error.max(), f"{what}: {largest} above 2 * {own_error.max()}"
@@ -70,7 +74,6 @@ def check_refusal(
     for backend in ("triton", "torch"):
         with use_backend(backend), pytest.raises(expected.type) as raised:
             ours(*arguments, **keys)
-        # PyTorch's own subclasses (NotImplementedError is a RuntimeError) may be wider
         assert raised.type is expected.type
         assert named in str(raised.value)
 
@@ -182,8 +185,7 @@ def check_conv(
 
     if needs_input:
         _check_properties(output, grads, tensors)
-    taps, pixels = weight[0, 0].numel(), output[:, 0].numel() if output.dim() == 4 else 0
-    pixels = pixels or output[0].numel()
+    taps, pixels = weight[0, 0].numel(), output.numel() // weight.shape[0]
     group_out = weight.shape[0] // keys.get("groups", 1)
     lengths = [taps * group_out, pixels, pixels][wanted]
 

@@ -7,10 +7,10 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     """(height, width) of an argument given as one int or as a sequence of one or two.
 
     Raises:
-        TypeError: an element is not an int.
+        TypeError: neither an int nor a sequence of ints.
         RuntimeError: another number of elements.
     """
-    values = (value,) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
     if not all(isinstance(element, int) for element in values):
         raise TypeError(f"{name} must be an int or a tuple of ints, got {value!r}")
     if len(values) not in (1, 2):

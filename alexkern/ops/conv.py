@@ -151,7 +151,7 @@ def _four_sides(
         total_w = dilation[1] * (weight.shape[3] - 1)
         top, left = total_h // 2, total_w // 2
         return left, total_w - left, top, total_h - top
-    if not isinstance(padding, int) and len(padding) == 4:
+    if isinstance(padding, tuple | list) and len(padding) == 4:
         if not all(isinstance(side, int) for side in padding):
             raise TypeError(f"padding must be an int or a tuple of ints, got {padding!r}")
         left, right, top, bottom = padding
@@ -226,6 +226,7 @@ class _Conv2dBiasReLU(Function):
         relu: bool,
     ) -> Tensor:
         input, weight = dense(input), dense(weight)
+        bias = None if bias is None else bias.contiguous()
         shape = (input.shape[0], weight.shape[0], *output_size)
         output = empty(shape, input, channels_last=is_channels_last(input))
         _launch_conv2d(input, weight, bias, output, geometry, relu=relu, transposed=False)

@@ -36,7 +36,7 @@ def dropout(
             copied once). float32, float16 and bfloat16 have kernels; float64 runs the reference.
         p: probability of dropping an element, in [0, 1].
         training: if False, nothing is dropped.
-        inplace: write the result into ``input``.
+        inplace: write the result into ``input`` (a temporary of its size is used).
         mode: ``"inverted"`` multiplies kept elements by 1 / (1 - p) in training and does nothing
             otherwise (PyTorch, Caffe); ``"paper"`` keeps them as they are in training and
             multiplies by 1 - p otherwise (paper section 4.2).
@@ -55,11 +55,13 @@ def dropout(
     Raises:
         ValueError: ``p`` outside [0, 1], unknown ``mode``, negative ``index_offset`` or
             ``row_stride``, or a seed that is not one int64 element on the input's device.
-        RuntimeError: ``inplace`` on a leaf that requires grad or on overlapping memory, or an
-            input that is not floating-point.
+        RuntimeError: ``inplace`` on a leaf that requires grad or on overlapping memory, an
+            input that is not floating-point, or a ``p`` that is NaN.
     """
-    if not 0.0 <= p <= 1.0:
+    if p < 0.0 or p > 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if p != p:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p}")
     if mode not in ("inverted", "paper"):
         raise ValueError(f"mode must be 'inverted' or 'paper', got {mode!r}")
     if index_offset < 0 or (row_stride is not None and row_stride < 0):
@@ -80,15 +82,12 @@ def dropout(
     scale = 1.0 if mode == "paper" or p == 1.0 else 1.0 / (1.0 - p)
     if seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
-    if not runs_triton("dropout", input):
+    if runs_triton("dropout", input):
+        threshold = reference.dropout_threshold(p)
+        output = _Dropout.apply(input, seed, threshold, scale, index_offset, row_stride)
+    else:
         output = reference.dropout(input, p, scale, seed.view(()), index_offset, row_stride)
-        return input.copy_(output) if inplace else output
-    writes_input = inplace and dense(input) is input
-    if writes_input:
-        _check_inplace(input)
-    arguments = reference.dropout_threshold(p), scale, index_offset, row_stride
-    result: Tensor = _Dropout.apply(input, seed, writes_input, *arguments)
-    return input.copy_(result) if inplace and not writes_input else result
+    return input.copy_(output) if inplace else output
 
 
 def _check_seed(seed: Tensor, input: Tensor) -> None:
@@ -101,21 +100,12 @@ def _check_seed(seed: Tensor, input: Tensor) -> None:
         )
 
 
-def _check_inplace(input: Tensor) -> None:
-    """Refuse before the kernel writes; autograd would notice only afterwards."""
-    if torch.is_grad_enabled() and input.requires_grad and input.is_leaf:
-        raise RuntimeError(
-            "a leaf Variable that requires grad is being used in an in-place operation."
-        )
-
-
 class _Dropout(Function):
     @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
         seed: Tensor,
-        inplace: bool,
         threshold: int,
         scale: float,
         index_offset: int,
@@ -125,11 +115,7 @@ class _Dropout(Function):
         ctx.arguments = threshold, scale, index_offset, row_stride
         input = dense(input)
         ctx.channels_last = input.dim() >= 3 and is_channels_last(input)
-        if inplace:
-            ctx.mark_dirty(input)
-            output = input
-        else:
-            output = empty(input.shape, input, channels_last=ctx.channels_last)
+        output = empty(input.shape, input, channels_last=ctx.channels_last)
         _launch(input, output, seed, *ctx.arguments)
         return output
 
@@ -140,7 +126,7 @@ class _Dropout(Function):
         output_grad = dense_as(output_grad, ctx.channels_last)
         input_grad = empty(output_grad.shape, output_grad, channels_last=ctx.channels_last)
         _launch(output_grad, input_grad, seed, *ctx.arguments)
-        return input_grad, None, None, None, None, None, None
+        return input_grad, None, None, None, None, None
 
 
 def _launch(

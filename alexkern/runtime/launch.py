@@ -4,7 +4,8 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,6 @@ _INT32_LIMIT = 2**31 - 2**24
 
 _logger = logging.getLogger("alexkern")
 _poison = False
-_announced = False
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _check_interpreter(kernel: Any, device: torch.device) -> None:
-    """Allow CPU tensors in Triton's interpreter only, and say once that it runs."""
-    global _announced
+    """Allow CPU tensors in Triton's interpreter only."""
     from triton.runtime.interpreter import InterpretedFunction
 
     if device.type != "cpu" or not isinstance(kernel, InterpretedFunction):
@@ -152,10 +151,19 @@ def _check_interpreter(kernel: Any, device: torch.device) -> None:
             "them to a GPU, use the torch backend, or set TRITON_INTERPRET=1 in the environment "
             "before triton is first imported, to run kernels on the CPU in Triton's interpreter"
         )
+    _start_interpreter()
+
+
+@cache
+def _start_interpreter() -> None:
+    """Say once that the interpreter runs, and let it compute as a GPU does."""
+    from triton.runtime.interpreter import interpreter_builder
+
     _check_interpreter_numpy()
-    if not _announced:
-        _announced = True
-        _logger.warning("alexkern: kernels run on the CPU in Triton's interpreter (slow)")
+    # By default only the interpreter checks every integer operation for overflow, which takes
+    # half of its time.
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+    _logger.warning("alexkern: kernels run on the CPU in Triton's interpreter (slow)")
 
 
 def _check_interpreter_numpy() -> None:

@@ -1,0 +1,287 @@
+import math
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numerics import (
+    DTYPES,
+    LAYOUTS,
+    check_pool,
+    check_refusal,
+    check_same,
+    inside_nans,
+    leaves,
+)
+
+import alexkern
+from alexkern import ops
+from alexkern.runtime.config import shipped_configurations
+
+# input, kernel, keywords
+GEOMETRIES = {
+    "paper": ((2, 3, 13, 13), 3, {"stride": 2}),
+    "apart": ((2, 3, 8, 9), 2, {}),
+    "gaps": ((2, 2, 9, 11), 2, {"stride": 3}),
+    "sides differ": ((2, 3, 7, 11), (2, 3), {"stride": (1, 2), "padding": (1, 1)}),
+    "dense": ((1, 2, 6, 5), (3, 2), {"stride": 1, "padding": 1}),
+    "dilated": ((1, 2, 13, 11), 3, {"stride": 2, "dilation": (2, 3), "padding": 1}),
+    "ceil": ((2, 2, 8, 10), 3, {"stride": 2, "ceil_mode": True}),
+    "ceil and padding": ((2, 2, 7, 6), 3, {"stride": 3, "padding": 1, "ceil_mode": True}),
+    "ceil drops a window": ((1, 1, 4, 4), 2, {"stride": 3, "padding": 1, "ceil_mode": True}),
+    "whole image": ((2, 3, 5, 4), (5, 4), {}),
+    "one pixel": ((2, 3, 1, 1), 1, {}),
+    "unbatched": ((3, 7, 6), 3, {"stride": 2}),
+    "256 taps": ((1, 2, 17, 18), 16, {"stride": 1}),
+    "289 taps": ((1, 2, 18, 17), 17, {"stride": 1, "padding": 3}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 96, 55, 55), (1, 256, 27, 27), (2, 256, 13, 13)], ids=str)
+def test_paper(randn, triton, shape, dtype, layout):
+    check_pool(randn(*shape, dtype=dtype, layout=layout), 3, stride=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_geometry(randn, backend, geometry, layout):
+    shape, kernel, keywords = GEOMETRIES[geometry]
+    layout = layout if len(shape) == 4 else "nchw"
+    check_pool(randn(*shape, layout=layout), kernel, **keywords)
+
+
+@st.composite
+def poolings(draw):
+    def sides(least, most):
+        return draw(st.tuples(st.integers(least, most), st.integers(least, most)))
+
+    kernel, dilation = sides(1, 4), sides(1, 3)
+    span = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    padding = tuple(draw(st.integers(0, s // 2)) for s in span)
+    height, width = sides(1, 12)
+    assume(height + 2 * padding[0] >= span[0])
+    assume(width + 2 * padding[1] >= span[1])
+    keywords = {
+        "stride": sides(1, 4),
+        "padding": padding,
+        "dilation": dilation,
+        "ceil_mode": draw(st.booleans()),
+    }
+    # a window with no tap inside the image has no place to report
+    assume(dilation == (1, 1) or padding == (0, 0))
+    shape = (draw(st.integers(1, 2)), draw(st.sampled_from([1, 3, 8])), height, width)
+    place = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(LAYOUTS))
+    return shape, *place, kernel, keywords
+
+
+def check_pooling(randn, case):
+    shape, dtype, layout, kernel, keywords = case
+    # few distinct values, so that most windows hold a tie
+    input = (randn(*shape, layout=layout) * 2).round().to(dtype)
+    with alexkern.use_backend("triton"):
+        check_pool(input, kernel, **keywords)
+
+
+@given(poolings())
+def test_any(randn, case):
+    check_pooling(randn, case)
+
+
+@pytest.mark.slow
+@settings(max_examples=400)
+@given(poolings())
+def test_any_long(randn, case):
+    check_pooling(randn, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shipped_configurations(randn, triton, launches, dtype, layout):
+    with shipped_configurations():
+        check_pool(randn(2, 16, 21, 23, dtype=dtype, layout=layout), 3, stride=2)
+    assert {made.constants["VECTOR"] for made in launches} == {8 if layout != "nchw" else 1}
+    assert all(made.grid[0] > 1 for made in launches)
+
+
+def test_64_bit_offsets(randn, triton, launches, monkeypatch):
+    monkeypatch.setattr(import_module("alexkern.runtime.launch"), "_INT32_LIMIT", 0)
+    check_pool(randn(2, 3, 7, 7), 3, stride=2)
+
+
+def test_stays_inside_its_buffers(randn, triton, guard_bands):
+    for layout in LAYOUTS:
+        check_pool(randn(2, 3, 8, 7, layout=layout), 3, stride=2, padding=1)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reads_only_its_input(randn, triton, offset, layout):
+    """Misaligned views, with NaN before and behind them in memory."""
+    input = inside_nans(randn(2, 8, 5, 5, layout=layout), offset)
+    check_pool(input, 3, stride=2, padding=1, ceil_mode=True)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(2, 3),
+        lambda x: x[..., ::2],
+        lambda x: x[:, 1:, 1:],
+        lambda x: x[:1].expand(3, -1, -1, -1),
+    ],
+)
+def test_views(randn, backend, view):
+    (base,) = leaves(randn(2, 3, 8, 9))
+    viewed = view(base)
+    check_pool(viewed.detach(), 3, stride=2)
+    ops.max_pool2d(viewed, 3, 2).sum().backward()
+    (expected,) = leaves(base)
+    F.max_pool2d(view(expected), 3, 2).sum().backward()
+    assert torch.equal(base.grad, expected.grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ties_go_to_the_first(backend, device, layout):
+    (input,) = leaves(torch.zeros(1, 2, 5, 5, device=device))
+    image = input if layout == "nchw" else input.to(memory_format=torch.channels_last)
+    output, indices = ops.max_pool2d(image, 3, 2, return_indices=True)
+    output.sum().backward()
+    expected = torch.zeros(5, 5, device=device)
+    expected[0:3:2, 0:3:2] = 1
+    assert torch.equal(input.grad[0, 1], expected)
+    assert indices[0, 0].tolist() == [[0, 2], [10, 12]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(backend, device, dtype):
+    """NaN wins (the last one), -inf loses, signs of zero are kept, all -inf gives the first."""
+    special = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, -1e-42, 1.0]
+    generator = torch.Generator().manual_seed(1)
+    choice = torch.randint(len(special), (4, 3, 9, 9), generator=generator)
+    input = torch.tensor(special)[choice].to(device, dtype)
+    input[0, 0] = -math.inf
+    input[0, 1] = -0.0
+    for padding in (0, 1):
+        (ours,), (theirs,) = leaves(input), leaves(input)
+        actual = ops.max_pool2d(ours, 3, 2, padding, return_indices=True)
+        expected = F.max_pool2d(theirs, 3, 2, padding, return_indices=True)
+        for a, e in zip(actual, expected, strict=True):
+            check_same(a.detach(), e.detach())
+        for output in (actual[0], expected[0]):
+            output.backward(torch.ones_like(output))
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_window_outside_the_image_is_minus_infinity(triton, device):
+    """Dilation can step over a small image; PyTorch gives -inf there as well."""
+    (input,) = leaves(torch.ones(1, 1, 2, 2, device=device))
+    output = ops.max_pool2d(input, 2, 1, 1, 3)
+    assert torch.equal(output, F.max_pool2d(input.detach(), 2, 1, 1, 3))
+    assert (output == -math.inf).any() or output.numel() == 1
+    output.sum().backward()
+    assert input.grad.isfinite().all()
+
+
+def test_empty_batch(backend, device):
+    (input,) = leaves(torch.empty(0, 3, 5, 5, device=device))
+    output, indices = ops.max_pool2d(input, 3, 2, return_indices=True)
+    assert output.shape == indices.shape == (0, 3, 2, 2)
+    output.sum().backward()
+    assert input.grad.shape == input.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_other_dtypes_run_the_reference(triton, dtype):
+    input = torch.arange(50).view(1, 2, 5, 5).to(dtype)
+    check_same(ops.max_pool2d(input, 3, 2), F.max_pool2d(input, 3, 2))
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(3, 1), (16, 1), (17, 4)])
+def test_keeps_one_byte_per_output(randn, triton, kernel, size):
+    (input,) = leaves(randn(1, 2, 18, 18))
+    saved = []
+
+    def note(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = ops.max_pool2d(input, kernel, 1)
+    assert [(tensor.shape, tensor.element_size()) for tensor in saved] == [(output.shape, size)]
+
+
+def test_keeps_and_computes_nothing_without_a_gradient(randn, triton, launches):
+    ops.max_pool2d(randn(1, 2, 5, 5), 3)
+    with torch.no_grad():
+        ops.max_pool2d(randn(1, 2, 5, 5).requires_grad_(), 3)
+    assert [made.constants["CODE"] for made in launches] == [False, False]
+
+
+def test_indices_have_no_gradient(randn, triton):
+    (input,) = leaves(randn(1, 2, 5, 5))
+    output, indices = ops.max_pool2d(input, 3, return_indices=True)
+    assert output.requires_grad
+    assert not indices.requires_grad
+
+
+def test_indices_unpool(randn, triton):
+    input = randn(1, 2, 6, 6)
+    output, indices = ops.max_pool2d(input, 2, return_indices=True)
+    restored = F.max_unpool2d(output, indices, 2)
+    assert torch.equal(restored[restored != 0].sort()[0], output.flatten().sort()[0])
+
+
+def test_autocast_keeps_the_dtype(randn, backend, device):
+    with torch.autocast(device.type, torch.bfloat16):
+        for dtype in DTYPES:
+            assert ops.max_pool2d(randn(1, 2, 4, 4, dtype=dtype), 2).dtype == dtype
+
+
+def test_double_backward_raises(randn, triton):
+    (input,) = leaves(randn(1, 3, 4, 4))
+    output = ops.max_pool2d(input, 2).square().sum()
+    (grad,) = torch.autograd.grad(output, input, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+IMAGE = torch.ones(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((IMAGE, 0), "0"),
+        ((IMAGE, -3), "-3"),
+        ((IMAGE, 3, 0), "0"),
+        ((IMAGE, 3, -1), "-1"),
+        ((IMAGE, 3, 2, -1), "-1"),
+        ((IMAGE, 3, 2, 2), "pad=2"),
+        ((IMAGE, 3, 2, (1, 2)), "pad=2"),
+        ((IMAGE, 2, 2, 2), "pad=2"),
+        ((IMAGE, 3, 2, 0, 0), "0"),
+        ((IMAGE, 9), "0"),
+        ((IMAGE, 2, 1, 0, 8), "0"),
+        ((IMAGE, (3, 3, 3)), "(3, 3, 3)"),
+        ((IMAGE, 3, (1, 2, 3)), "(1, 2, 3)"),
+        ((IMAGE, 2.5), "2.5"),
+        ((IMAGE, "3"), "3"),
+        ((IMAGE[0, 0], 3), "[8, 8]"),
+        ((IMAGE[None], 3), "[1, 2, 3, 8, 8]"),
+        ((IMAGE[:, :0], 3), "[2, 0, 8, 8]"),
+        ((IMAGE[:, :, :0], 3), "[2, 3, 0, 8]"),
+        ((IMAGE[0, :0], 3), "[0, 8, 8]"),
+    ],
+)
+def test_refusals(arguments, named):
+    check_refusal(F.max_pool2d, ops.max_pool2d, named, *arguments)
+
+
+@pytest.mark.parametrize("stride", [None, (), []], ids=str)
+def test_stride_defaults_to_the_kernel(randn, backend, stride):
+    input = randn(1, 2, 7, 7)
+    check_same(ops.max_pool2d(input, (2, 3), stride), F.max_pool2d(input, (2, 3)))
