@@ -26,11 +26,13 @@ import torch
 import alexkern.ops as ops
 from alexkern import use_backend
 from alexkern.runtime.launch import Launch, record_launches
-from bench.layers import BATCH, CONVOLUTIONS, NORMALISED, POOLS
+from bench.layers import BATCH, CONVOLUTIONS, DROPOUTS, NORMALISED, POOLS
 
 # not in the paper: channels, and elements in the batch, that 8 divides and 16 does not
 ODD = (24, 7, 7)
 _ODD_BATCH = 3
+# so many images that offsets need 64 bits
+_LARGE_BATCH = 2**15
 
 # tf32 is float32 under torch's switch of that name
 DTYPES = {
@@ -87,6 +89,7 @@ def _unnamed(job: Job) -> Job:
 
 
 def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
+    """Each layer's name, and a call of its op on meta tensors."""
     memory_format = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}[layout]
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -95,28 +98,39 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
             result = result.to(memory_format=memory_format)
         return result.requires_grad_()
 
-    def batched(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (_ODD_BATCH if shape is ODD else BATCH, *shape)
-
-    convolutions = CONVOLUTIONS | {"odd": (ODD, 24, 3, 2, 1, 1)}
-    for name, (shape, channels, kernel, stride, padding, groups) in convolutions.items():
-        image = tensor(*batched(shape)).requires_grad_(name != "conv1")
+    def convolution(batch: int, shape: tuple[int, ...], *geometry: Any) -> Any:
+        channels, kernel, stride, padding, groups = geometry
+        image = tensor(batch, *shape).requires_grad_(shape[0] > 3)  # conv1 learns no image
         weight = tensor(channels, shape[0] // groups, kernel, kernel)
         arguments = image, weight, tensor(channels), stride, padding, 1, groups
-        yield name, lambda arguments=arguments: ops.conv2d_bias_relu(*arguments)
-    for name, shape in (POOLS | {"odd": ODD}).items():
-        image = tensor(*batched(shape))
-        if name in (*NORMALISED, "odd"):
-            yield (
-                f"lrn{name}",
-                lambda image=image: ops.local_response_norm(image, 5, 1e-4, 0.75, 2.0, "sum"),
-            )
-        yield f"pool{name}", lambda image=image: ops.max_pool2d(image, 3, 2)
-    yield "dropout6", lambda: ops.dropout(tensor(128, 4096))
-    shard = {"index_offset": 2048, "row_stride": 4096}
-    yield "dropout6 shard", lambda: ops.dropout(tensor(128, 2048), **shard)
-    yield "dropout image", lambda: ops.dropout(tensor(*batched(POOLS["5"])))
-    yield "dropout odd", lambda: ops.dropout(tensor(*batched(ODD)))
+        return lambda: ops.conv2d_bias_relu(*arguments)
+
+    def normalisation(*shape: int) -> Any:
+        return lambda: ops.local_response_norm(tensor(*shape), 5, 1e-4, 0.75, 2.0, "sum")
+
+    def pooling(*shape: int) -> Any:
+        return lambda: ops.max_pool2d(tensor(*shape), 3, 2)
+
+    def dropping(*shape: int, **place: int) -> Any:
+        return lambda: ops.dropout(tensor(*shape), **place)
+
+    for name, layer in CONVOLUTIONS.items():
+        yield name, convolution(BATCH, *layer)
+    for number, shape in POOLS.items():
+        if number in NORMALISED:
+            yield f"lrn{number}", normalisation(BATCH, *shape)
+        yield f"pool{number}", pooling(BATCH, *shape)
+    for number, shape in DROPOUTS.items():
+        yield f"dropout{number}", dropping(BATCH, *shape)
+        yield f"dropout{number} shard", dropping(BATCH, shape[0] // 2, row_stride=shape[0])
+    for name, batch, shape in (
+        ("odd", _ODD_BATCH, ODD),
+        ("large", _LARGE_BATCH, CONVOLUTIONS["conv2"][0]),
+    ):
+        yield f"{name} conv", convolution(batch, shape, shape[0], 3, 2, 1, 2)
+        yield f"{name} lrn", normalisation(batch, *shape)
+        yield f"{name} pool", pooling(batch, *shape)
+        yield f"{name} dropout", dropping(batch, *shape)
 
 
 def _job(name: str, launch: Launch, dtype: str, layout: str) -> Job:
