@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is first imported
 
 import alexkern
-from alexkern.runtime.launch import Launch, poisoned_allocations
+from alexkern.runtime.launch import Launch, empty, launch, poisoned_allocations
 
 STEMS = ("conv", "lrn", "pool", "dropout")
 
@@ -87,8 +87,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         made.append(Launch(kernel, grid, arguments, constants, {}))
         launch(kernel, grid, *arguments, **keywords)
 
-    from alexkern.runtime.launch import launch
-
     for stem in STEMS:
         monkeypatch.setattr(import_module(f"alexkern.ops.{stem}"), "launch", record)
     return made
@@ -97,8 +95,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 @pytest.fixture
 def guard_bands(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """Allocate every result inside a larger buffer and check that its margins stay untouched."""
-    from alexkern.runtime.launch import empty
-
     margin, sentinel = 4096, 77
     buffers: list[Tensor] = []
 

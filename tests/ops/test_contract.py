@@ -90,7 +90,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("stem", STEMS)
-def test_views(randn, backend, operands, stem, view):
+def test_views(randn, triton, operands, stem, view):
     input = VIEWS[view](randn(*SHAPE))
     before = input.clone()
     check_by_rule(stem, input, **operands())
