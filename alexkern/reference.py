@@ -41,10 +41,10 @@ def local_response_norm(
     """
     value = input.unflatten(1, (groups, -1)).to(_compute_dtype(input))
     channels = value.shape[2]
-    before_and_after = (size // 2, (size - 1) // 2)
-    square = F.pad(value * value, (0, 0) * (value.dim() - 3) + before_and_after)
+    before, after = min(size // 2, channels - 1), min((size - 1) // 2, channels - 1)
+    square = F.pad(value * value, (0, 0) * (value.dim() - 3) + (before, after))
     window_sum = square.narrow(2, 0, channels)
-    for shift in range(1, size):
+    for shift in range(1, before + after + 1):
         window_sum = window_sum + square.narrow(2, shift, channels)
     output: Tensor = value / (k + scale * window_sum) ** beta
     return output.flatten(1, 2).to(input.dtype if input.is_floating_point() else output.dtype)

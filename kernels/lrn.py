@@ -1,24 +1,25 @@
 """Local response normalisation across channels.
 
-Forward, for channel c of one pixel (paper section 3.3; n = size, s = alpha or alpha / n):
+Forward, for channel c of one pixel (paper section 3.3; s = alpha or alpha / size):
 
-    W(c) = [c - n // 2, c + (n - 1) // 2], cut at the borders of c's group of channels
+    W(c) = [c - BEFORE, c + AFTER], cut at the borders of c's group of channels
+           (BEFORE = size // 2, AFTER = (size - 1) // 2)
     d[c] = k + s * sum(x[j]**2 for j in W(c))
     y[c] = x[c] * d[c]**-beta
 
 Backward, for the gradient g of y. x[c] enters its own numerator and d[j] of every window that
-holds it, {j : c in W(j)} = [c - (n - 1) // 2, c + n // 2] (mirrored: it differs for even n):
+holds it, {j : c in W(j)} = [c - AFTER, c + BEFORE] (mirrored: it differs for even sizes):
 
     t[j]  = g[j] * x[j] * d[j]**(-beta - 1)
     dx[c] = g[c] * d[c]**-beta - 2 * s * beta * x[c] * sum(t[j] for j with c in W(j))
 
-Only x is kept from forward; d is computed again, which is cheaper than reading it.
+Only x is kept from forward; d is computed again.
 
 Layout: any dense tensor is [outer, CHANNELS, inner] in memory. NCHW has inner = H * W,
 channels_last has inner = 1, so one kernel serves both: the neighbour j channels away lies
 j * inner elements away. A program owns BLOCK consecutive elements; forward reads x and
 writes y once (neighbours come from the cache). Backward takes two passes, t then dx, because
-every t[j] is used n times.
+every t[j] is used by all of its window.
 """
 
 import triton
@@ -64,6 +65,24 @@ def _window_sum(
 
 
 @triton.jit
+def _denominator(
+    x_pointer,
+    offsets,
+    mask,
+    inner,
+    scale,
+    k,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+):
+    """d[c] = k + s * sum(x[j]**2 for j in W(c))."""
+    square_sum = _window_sum(x_pointer, offsets, mask, inner, CHANNELS, GROUPS, BEFORE, AFTER, True)
+    return tl.cast(k, tl.float32) + tl.cast(scale, tl.float32) * square_sum
+
+
+@triton.jit
 def _negative_power(d, BETA: tl.constexpr):
     """d**-BETA. Multiples of 1/4 take roots, each good to about an ulp."""
     if BETA >= 0 and BETA <= 4 and BETA * 4 == BETA * 4 // 1:
@@ -89,7 +108,8 @@ def lrn_forward(
     k,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
     BETA: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -97,10 +117,7 @@ def lrn_forward(
 ):
     """Writes y; x and y are read and written once."""
     offsets, mask = _elements(count, BLOCK, VECTOR, INT64)
-    square_sum = _window_sum(
-        x_pointer, offsets, mask, inner, CHANNELS, GROUPS, SIZE // 2, (SIZE - 1) // 2, True
-    )
-    d = tl.cast(k, tl.float32) + tl.cast(scale, tl.float32) * square_sum
+    d = _denominator(x_pointer, offsets, mask, inner, scale, k, CHANNELS, GROUPS, BEFORE, AFTER)
     x = tl.load(x_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
     y = x * _negative_power(d, BETA)
     tl.store(y_pointer + offsets, y.to(y_pointer.dtype.element_ty), mask=mask)
@@ -117,7 +134,8 @@ def lrn_backward_terms(
     k,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
     BETA: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -125,10 +143,7 @@ def lrn_backward_terms(
 ):
     """First backward pass: writes t[j] = g[j] * x[j] * d[j]**(-beta - 1) in float32."""
     offsets, mask = _elements(count, BLOCK, VECTOR, INT64)
-    square_sum = _window_sum(
-        x_pointer, offsets, mask, inner, CHANNELS, GROUPS, SIZE // 2, (SIZE - 1) // 2, True
-    )
-    d = tl.cast(k, tl.float32) + tl.cast(scale, tl.float32) * square_sum
+    d = _denominator(x_pointer, offsets, mask, inner, scale, k, CHANNELS, GROUPS, BEFORE, AFTER)
     x = tl.load(x_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
     term = grad * x * _negative_power(d, BETA) / d
@@ -147,7 +162,8 @@ def lrn_backward(
     k,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
     BETA: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -155,13 +171,10 @@ def lrn_backward(
 ):
     """Second backward pass: writes dx from g, x and the windows' sums of t."""
     offsets, mask = _elements(count, BLOCK, VECTOR, INT64)
-    square_sum = _window_sum(
-        x_pointer, offsets, mask, inner, CHANNELS, GROUPS, SIZE // 2, (SIZE - 1) // 2, True
-    )
+    d = _denominator(x_pointer, offsets, mask, inner, scale, k, CHANNELS, GROUPS, BEFORE, AFTER)
     term_sum = _window_sum(
-        terms_pointer, offsets, mask, inner, CHANNELS, GROUPS, (SIZE - 1) // 2, SIZE // 2, False
+        terms_pointer, offsets, mask, inner, CHANNELS, GROUPS, AFTER, BEFORE, False
     )
-    d = tl.cast(k, tl.float32) + tl.cast(scale, tl.float32) * square_sum
     x = tl.load(x_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
     dx = grad * _negative_power(d, BETA) - 2.0 * BETA * tl.cast(scale, tl.float32) * x * term_sum

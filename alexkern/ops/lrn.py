@@ -112,6 +112,7 @@ def _launch(
     groups: int,
 ) -> None:
     _, channels, inner = outer_channels_inner(input)
+    reach = channels // groups - 1  # a wider window holds no more channels
     blocks = config.pointwise(input, input.numel())
     launch(
         kernel,
@@ -123,7 +124,8 @@ def _launch(
         k,
         CHANNELS=channels,
         GROUPS=groups,
-        SIZE=size,
+        BEFORE=min(size // 2, reach),
+        AFTER=min((size - 1) // 2, reach),
         BETA=beta,
         BLOCK=blocks.block,
         VECTOR=blocks.vector,

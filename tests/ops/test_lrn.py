@@ -32,7 +32,7 @@ def test_paper(randn, triton, shape, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9, 7, 8, 30])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9, 7, 8, 12, 13, 14, 30])
 def test_sizes(randn, backend, size, layout):
     """Odd, even (whose backward window is mirrored), and beyond the 7 channels."""
     check_lrn(randn(2, 7, 3, 5, layout=layout), **{**STRONG, "size": size})
