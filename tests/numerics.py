@@ -233,6 +233,7 @@ def check_lrn(
     k: float = 1.0,
     alpha_mode: str = "mean",
     groups: int = 1,
+    upstream: Tensor | None = None,
 ) -> None:
     """Output and gradient of local_response_norm.
 
@@ -250,7 +251,7 @@ def check_lrn(
     arguments = (size, alpha, beta, k, alpha_mode, groups)
     (ours,) = leaves(input)
     output = ops.local_response_norm(ours, *arguments)
-    upstream = gradient_like(output)
+    upstream = gradient_like(output) if upstream is None else upstream
     (grad,) = torch.autograd.grad(output, ours, upstream)
     _check_properties(output, [grad], [input])
 

@@ -90,8 +90,9 @@ def test_mask_is_the_documented_one(device, backend, seed, offset, layout):
     assert kept.flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("p", [0.5, 1e-9, 1 - 1e-9, 1 / 3])
+@pytest.mark.parametrize("p", [0.5, 1e-9, 1 - 1e-9, 1 / 3, words([20], 7)[0] / 2**32])
 def test_threshold(device, backend, p):
+    """The last p is exactly a word's threshold, which keeps its element."""
     expected = [word >= round(p * 2**32) for word in words(range(64), 7)]
     assert mask((64,), seed_of(7, device), p).tolist() == expected
 

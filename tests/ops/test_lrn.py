@@ -130,6 +130,17 @@ def test_not_finite(randn, backend, layout):
     check_same(ops.local_response_norm(zeros, 3), zeros)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_terms_that_cancel(randn, triton, dtype):
+    """For equal values, a window over all of them and beta 1/2, dx is k / d of its two terms.
+
+    The terms must stay in float32 until they have been subtracted.
+    """
+    input = torch.full_like(randn(1, 8, 4, dtype=dtype), 8.0)
+    keywords = {"size": 16, "alpha": 3.0, "beta": 0.5, "k": 1.0, "alpha_mode": "sum"}
+    check_lrn(input, **keywords, upstream=torch.ones_like(input))
+
+
 def test_half_does_not_overflow_inside(triton, device):
     """The square of 300 is beyond float16, the result is not."""
     input = torch.full((1, 3, 2), 300.0, dtype=torch.float16, device=device)

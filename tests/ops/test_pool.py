@@ -137,14 +137,21 @@ def test_special_values(backend, device, dtype):
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_a_window_outside_the_image_is_minus_infinity(triton, device):
+@pytest.mark.parametrize(
+    ("extent", "arguments"),
+    [
+        (2, (2, 1, 1, 3)),
+        (5, (16, 300, 8, 20, True)),  # 256 taps: no value of a byte is left for "none"
+    ],
+)
+def test_a_window_outside_the_image_is_minus_infinity(triton, device, extent, arguments):
     """Dilation can step over a small image; PyTorch gives -inf there as well."""
-    (input,) = leaves(torch.ones(1, 1, 2, 2, device=device))
-    output = ops.max_pool2d(input, 2, 1, 1, 3)
-    assert torch.equal(output, F.max_pool2d(input.detach(), 2, 1, 1, 3))
-    assert (output == -math.inf).any() or output.numel() == 1
+    (input,) = leaves(torch.ones(1, 1, extent, extent, device=device))
+    output = ops.max_pool2d(input, *arguments)
+    assert output.tolist() == [[[[-math.inf]]]]
+    check_same(output.detach(), F.max_pool2d(input.detach(), *arguments))
     output.sum().backward()
-    assert input.grad.isfinite().all()
+    assert not input.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
@@ -165,6 +172,12 @@ def test_keeps_one_byte_per_output(randn, triton, kernel, size):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = ops.max_pool2d(input, kernel, 1)
     assert [(tensor.shape, tensor.element_size()) for tensor in saved] == [(output.shape, size)]
+
+
+@pytest.mark.parametrize("kernel", [16, 17])
+def test_the_last_of_many_taps(triton, device, kernel):
+    """Taps 255 and 288 win everywhere: the codes' dtype must hold them."""
+    check_pool(torch.arange(360.0, device=device).view(1, 1, 18, 20), kernel, stride=1)
 
 
 def test_indices_have_no_gradient(randn, triton):
