@@ -45,6 +45,9 @@ def conv2d_bias_relu(
     ``torch.backends.cudnn.conv.fp32_precision`` says so; other dtypes run the reference. Under
     autocast the operands are cast, as PyTorch casts a convolution's.
 
+    Padding, and the pixels that a stride skips in backward, are multiplied as zeros: an infinite
+    or NaN weight gives NaN there, where PyTorch's CPU convolution leaves these products out.
+
     Returns:
         [N, C_out, H_out, W_out], or without N for a 3-D input.
 
