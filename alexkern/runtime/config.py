@@ -97,7 +97,7 @@ def matmul(source: Tensor, group_channels: int, m: int, n: int, k: int) -> Matmu
         return MatmulConfig(block_m, block_n, block_k, 4, 1)
     aligned = all(stride == 1 or stride % 16 == 0 for stride in source.stride())
     if source.dtype == torch.float32:
-        return MatmulConfig(64, 64, 16, 8, 2) if aligned else MatmulConfig(64, 64, 16, 8, 1)
+        return MatmulConfig(64, 64, 16, 8, 2) if aligned else MatmulConfig(32, 32, 16, 4, 2)
     if not aligned or group_channels % 8:
         return MatmulConfig(64, 64, 32, 4, 2)
     return MatmulConfig(128, 64, 32, 4, 3) if n <= 64 else MatmulConfig(128, 128, 32, 8, 3)
