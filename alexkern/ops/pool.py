@@ -189,7 +189,7 @@ def _launch(
 ) -> None:
     """Launch over the elements of ``owned``, the result that the programs write."""
     inner = owned.shape[1] if channels_last else 1
-    blocks = config.pointwise(owned, inner)
+    blocks = config.pointwise(owned, inner, scalar_block=512)
     names = ("KERNEL", "STRIDE", "PADDING", "DILATION")
     constants = dict(zip([n + axis for n in names for axis in ("_H", "_W")], geometry, strict=True))
     launch(

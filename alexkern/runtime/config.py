@@ -7,7 +7,8 @@ element, so it gets larger blocks, unless a test asks for the shipped ones.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ _LARGEST_BLOCK = 2**20
 
 _shipped_only: ContextVar[bool] = ContextVar("alexkern_shipped_configurations", default=False)
 
+# Of the whole process, as backward asks on autograd's threads.
+_forced: "PointwiseConfig | MatmulConfig | None" = None
+
 
 @contextmanager
 def shipped_configurations() -> Iterator[None]:
@@ -32,6 +36,20 @@ def shipped_configurations() -> Iterator[None]:
         yield
     finally:
         _shipped_only.reset(token)
+
+
+@contextmanager
+def forced(configuration: "PointwiseConfig | MatmulConfig") -> Iterator[None]:
+    """Use one configuration wherever one of its kind is asked for (for tuning).
+
+    A pointwise configuration keeps the vectors that the tensor allows.
+    """
+    global _forced
+    before, _forced = _forced, configuration
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def for_interpreter(tensor: Tensor) -> bool:
@@ -62,15 +80,19 @@ class PointwiseConfig:
         return (-(-count // self.block),)
 
 
-def pointwise(tensor: Tensor, divisible: int) -> PointwiseConfig:
+def pointwise(tensor: Tensor, divisible: int, scalar_block: int = 1024) -> PointwiseConfig:
     """For kernels that treat ``divisible`` neighbouring elements alike (see ``VECTOR``).
 
     Vectors have 8 elements, 16 bytes in half precision, where ``divisible`` is a multiple of 8.
+    Elsewhere a program takes ``scalar_block`` elements: fewer where each has addresses of its
+    own that would not fit the registers.
     """
     vector = 8 if divisible % 8 == 0 else 1
+    if isinstance(_forced, PointwiseConfig):
+        return replace(_forced, vector=vector)
     if for_interpreter(tensor):
         return PointwiseConfig(min(2**17, power_of_two(max(tensor.numel(), 8))), vector, 4)
-    return PointwiseConfig(1024, vector, 4)
+    return PointwiseConfig(1024 if vector > 1 else scalar_block, vector, 4)
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,8 @@ def matmul(source: Tensor, group_channels: int, m: int, n: int, k: int) -> Matmu
     Large tiles only where 16-byte loads are possible (channels_last, channels per group and
     strides that fit): one address per element would not fit the registers.
     """
+    if isinstance(_forced, MatmulConfig):
+        return _forced
     if for_interpreter(source):
         block_n = min(max(16, power_of_two(n)), 512)
         block_k = min(max(16, power_of_two(k)), _LARGEST_BLOCK // 512)
@@ -129,3 +153,30 @@ def splits(tensor: Tensor, programs: int, length: int, block: int) -> int:
         return 1
     wanted = -(-2 * _MULTIPROCESSORS // programs)
     return max(1, min(wanted, length // (8 * block)))
+
+
+def candidates(kind: type[PointwiseConfig] | type[MatmulConfig]) -> list[Any]:
+    """What a tuning tries: the shipped configurations for half precision among others.
+
+    Not all fit every GPU: a launch of one that does not raises.
+    """
+    if kind is PointwiseConfig:
+        return [
+            PointwiseConfig(block, 1, warps)
+            for block in (256, 512, 1024, 2048, 4096)
+            for warps in (2, 4, 8)
+            if 1 <= block // (32 * warps) <= 32
+        ]
+    return [
+        MatmulConfig(block_m, block_n, block_k, warps, stages)
+        for block_m, block_n, warps in (
+            (64, 64, 4),
+            (128, 64, 4),
+            (128, 128, 4),
+            (128, 128, 8),
+            (128, 256, 8),
+            (256, 64, 8),
+            (256, 128, 8),
+        )
+        for block_k, stages in ((32, 3), (32, 4), (64, 3))
+    ]
