@@ -1,5 +1,9 @@
-"""Images per second of the data pipeline on one core, per step, at the paper's sizes."""
+"""Images per second of the data pipeline on one core, per step, at the paper's sizes.
 
+From a folder of JPEG files it stands beside torchvision's: the same steps from the same files.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,12 @@ import torch
 from alexkern.data.batches import to_input, training_batches
 from alexkern.data.dataset import Split, load_dataset
 from alexkern.models import PRESETS
+from bench.conftest import Keep
 from bench.layers import BATCH
+from bench.record import Key
 
 PAPER = PRESETS["paper"]
+VARIANTS, FULL_VARIANTS = ("alexkern", "torchvision"), ()
 
 
 @pytest.fixture(autouse=True)
@@ -23,37 +30,68 @@ def _one_core() -> Any:
     torch.set_num_threads(threads)
 
 
+def _key(step: str, variant: str = "alexkern") -> Key:
+    return Key("data", "data", step, "", "", BATCH, variant)
+
+
 def _crops(split: Split) -> Any:
     margin = PAPER.stored_size - PAPER.crop_size
     return training_batches(split, 0, 0, BATCH, PAPER.crop_size, margin, flip=True)
 
 
-def test_stored_images_to_crops(benchmark: Any, images_per_second: Any) -> None:
+def test_stored_images_to_crops(benchmark: Any, keep: Keep) -> None:
     """From uint8 images in memory to a batch of random crops and flips."""
     shape = (2 * BATCH, PAPER.stored_size, PAPER.stored_size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     batches = _crops(Split(images, np.zeros(len(images), np.int64)))
     benchmark(lambda: batches[1])
-    images_per_second(BATCH)
+    keep(_key("stored_images_to_crops"))
 
 
-def test_jpeg_folder_to_crops(benchmark: Any, images_per_second: Any, tmp_path: Path) -> None:
-    """From a folder of 500x375 JPEG files: decoded, resized to 256, cropped, flipped."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A batch of 500x375 JPEG files, as ImageNet's are on average."""
     image_module = pytest.importorskip("PIL.Image", reason="needs pillow: pip install '.[train]'")
+    root = tmp_path_factory.mktemp("jpeg")
     low = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
     picture = image_module.fromarray(low).resize((500, 375), image_module.Resampling.BICUBIC)
     for split in ("train", "val"):
-        (tmp_path / split / "class").mkdir(parents=True)
+        (root / split / "class").mkdir(parents=True)
         for index in range(BATCH if split == "train" else 1):
-            picture.save(tmp_path / split / "class" / f"{index}.jpg", quality=90)
-    batches = _crops(load_dataset(str(tmp_path), PAPER.stored_size).train)
-    benchmark(lambda: batches[0])
-    images_per_second(BATCH)
+            picture.save(root / split / "class" / f"{index}.jpg", quality=90)
+    return root
 
 
-def test_crops_to_input(benchmark: Any, images_per_second: Any) -> None:
+def _alexkern(folder: Path) -> Callable[[], torch.Tensor]:
+    batches = _crops(load_dataset(str(folder), PAPER.stored_size).train)
+    return lambda: batches[0][0]
+
+
+def _torchvision(folder: Path) -> Callable[[], torch.Tensor]:
+    """Its ImageFolder, and its transforms for the paper's preparation and augmentation."""
+    try:
+        from torchvision.datasets import ImageFolder
+        from torchvision.transforms import v2
+    except (ImportError, RuntimeError) as error:  # RuntimeError: made for another torch
+        pytest.skip(f"needs a torchvision that fits torch: {str(error).splitlines()[0]}")
+    prepare = v2.Compose([v2.Resize(PAPER.stored_size), v2.CenterCrop(PAPER.stored_size)])
+    augment = v2.Compose([v2.RandomCrop(PAPER.crop_size), v2.RandomHorizontalFlip()])
+    images = ImageFolder(folder / "train", v2.Compose([prepare, augment, v2.PILToTensor()]))
+    return lambda: torch.stack([images[index][0] for index in range(BATCH)])
+
+
+def test_jpeg_folder_to_crops(benchmark: Any, keep: Keep, folder: Path, variant: str) -> None:
+    """Decoded, shorter side to 256, centre of 256x256, random crop and flip, one uint8 batch."""
+    make = {"alexkern": _alexkern, "torchvision": _torchvision}[variant](folder)
+    size = PAPER.crop_size
+    assert sorted(make().shape) == sorted((BATCH, size, size, 3))
+    benchmark(make)
+    keep(_key("jpeg_folder_to_crops", variant))
+
+
+def test_crops_to_input(benchmark: Any, keep: Keep) -> None:
     """The float work, which belongs on the GPU where there is one."""
     crops = torch.randint(256, (BATCH, PAPER.crop_size, PAPER.crop_size, 3), dtype=torch.uint8)
     mean = torch.full((PAPER.stored_size, PAPER.stored_size, 3), 120.0)
     benchmark(lambda: to_input(crops, mean, PAPER.input_std))
-    images_per_second(BATCH)
+    keep(_key("crops_to_input"))

@@ -1,33 +1,43 @@
 """dropout on the paper's two fully connected layers."""
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import alexkern.ops as ops
-from bench.layers import BATCH, DROPOUTS
+from bench import work
+from bench.layers import DROPOUTS
+from bench.operation import Subject
+
+VARIANTS, FULL_VARIANTS = ("alexkern", "eager_nchw", "compile"), ("compile_max_autotune",)
 
 
-@pytest.mark.parametrize("variant", ["alexkern", "eager", "compile"])
+def subject(number: str, trial: bool = False) -> Subject:
+    """The layer of that number, the same in a trial."""
+    (units,) = DROPOUTS[number]
+    return Subject(
+        "dropout",
+        f"dropout{number}",
+        lambda x: ops.dropout(x, 0.5),
+        lambda x: F.dropout(x, 0.5),
+        lambda batch, randn: [randn(batch, units).requires_grad_()],
+        lambda direction, batch, itemsize: work.pointwise(batch * units, itemsize),
+        _error_ratio,
+    )
+
+
+def _error_ratio(result: Tensor, read: Tensor) -> float:
+    """Kept values are doubled to the bit; as many are kept as a fair coin would, to 5 sigma."""
+    kept = result != 0
+    if not torch.equal(result[kept], 2 * read[kept]):
+        return float("inf")
+    count = result.numel()
+    return abs(float(kept.sum()) - count / 2) / (5 * (count / 4) ** 0.5)
+
+
 @pytest.mark.parametrize("layer", DROPOUTS)
-def test_dropout(benchmark: Any, gpu: torch.device, layer: str, variant: str) -> None:
-    units = torch.randn(BATCH, *DROPOUTS[layer], dtype=torch.bfloat16, device=gpu)
-    grad = torch.randn_like(units)
-    units.requires_grad_()
-    call = {
-        "alexkern": ops.dropout,
-        "eager": F.dropout,
-        "compile": torch.compile(F.dropout),
-    }[variant]
-
-    def step() -> torch.Tensor:
-        output = call(units, 0.5)
-        output.backward(grad)
-        torch.cuda.synchronize()
-        return output
-
-    kept = step().count_nonzero().item() / units.numel()
-    assert abs(kept - 0.5) < 5 * 0.5 / units.numel() ** 0.5, f"kept {kept:.4f}, expected 0.5"
-    benchmark(step)
+def test_dropout(compare_op: Callable[[Subject], None], layer: str) -> None:
+    compare_op(subject(layer))

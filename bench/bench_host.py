@@ -1,7 +1,9 @@
-"""What a call costs on the host before its kernel starts, measured on any machine.
+"""What a call costs on the host.
 
-Meta tensors run the whole path (checks, layout, autograd, block sizes, allocation) and the
-launches are recorded instead of made; Triton's own launcher comes on top on a GPU.
+Before its kernel starts, on any machine: meta tensors run the whole path (checks, layout,
+autograd, block sizes, allocation) and the launches are recorded instead of made. On a GPU also
+the whole call, Triton's own launcher included, beside PyTorch's; on one image, so that the GPU
+is never what the host waits for.
 """
 
 from collections.abc import Callable
@@ -9,11 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import alexkern.ops as ops
 from alexkern import use_backend
 from alexkern.runtime.launch import record_launches
+from bench.conftest import NO_GPU, Keep
+from bench.record import Key
+
+VARIANTS, FULL_VARIANTS = ("alexkern", "eager", "compile"), ()
 
 
 class _Identity(torch.autograd.Function):
@@ -24,10 +31,6 @@ class _Identity(torch.autograd.Function):
         return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
-def _image() -> Tensor:
-    return torch.empty(128, 96, 27, 27, device="meta", requires_grad=True)
-
-
 _SEED = torch.zeros((), dtype=torch.int64, device="meta")
 
 CALLS: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -35,14 +38,24 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "conv2d_bias_relu": lambda x, w: ops.conv2d_bias_relu(x, w, None, 1, 2, 1, 2),
     "local_response_norm": lambda x, w: ops.local_response_norm(x, 5),
     "max_pool2d": lambda x, w: ops.max_pool2d(x, 3, 2),
-    "dropout": lambda x, w: ops.dropout(x, seed=_SEED),
+    "dropout": lambda x, w: ops.dropout(x, seed=None if x.is_cuda else _SEED),
 }
+THEIRS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "conv2d_bias_relu": lambda x, w: F.conv2d(x, w, None, 1, 2, 1, 2).relu(),
+    "local_response_norm": lambda x, w: F.local_response_norm(x, 5),
+    "max_pool2d": lambda x, w: F.max_pool2d(x, 3, 2),
+    "dropout": lambda x, w: F.dropout(x),
+}
+
+
+def _operands(device: str, images: int) -> tuple[Tensor, Tensor]:
+    image = torch.empty(images, 96, 27, 27, device=device, requires_grad=True)
+    return image, torch.empty(256, 48, 5, 5, device=device, requires_grad=True)
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_host_overhead(benchmark: Any, call: str) -> None:
-    image = _image()
-    weight = torch.empty(256, 48, 5, 5, device="meta", requires_grad=True)
+    image, weight = _operands("meta", 128)
     with use_backend("triton"), record_launches() as launches:
         CALLS[call](image, weight)
         assert bool(launches) == (call in ops.__all__)
@@ -52,3 +65,24 @@ def test_host_overhead(benchmark: Any, call: str) -> None:
             CALLS[call](image, weight)
 
         benchmark(once)
+
+
+@pytest.mark.parametrize("call", THEIRS)
+def test_host_call(benchmark: Any, keep: Keep, call: str, variant: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
+    torch.compiler.reset()
+    compiled = torch.compile(THEIRS[call], dynamic=False)
+    function = {"alexkern": CALLS[call], "eager": THEIRS[call], "compile": compiled}[variant]
+    image, weight = _operands("cuda", 1)
+    with use_backend("triton"):
+        function(image, weight)
+        torch.cuda.synchronize()
+        benchmark.pedantic(function, setup=lambda: _idle(image, weight), rounds=200)
+    keep(Key("host", call, "one image", "forward", "fp32", 1, variant))
+
+
+def _idle(*operands: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The arguments of the next call, once the GPU has nothing left to do."""
+    torch.cuda.synchronize()
+    return operands, {}

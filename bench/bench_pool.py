@@ -1,28 +1,30 @@
 """max_pool2d on the paper's three layers: 3x3 windows, stride 2."""
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-import torch
 import torch.nn.functional as F
 
 import alexkern.ops as ops
-from bench import compare
-from bench.layers import BATCH, POOLS
+from bench import work
+from bench.lab import Lab
+from bench.layers import POOLS, tiny
+from bench.operation import Subject
 
 
-@compare.variants
-@compare.directions
-@pytest.mark.parametrize("layer", POOLS)
-def test_max_pool2d(
-    benchmark: Any, gpu: torch.device, layer: str, direction: str, variant: str
-) -> None:
-    image = torch.randn(BATCH, *POOLS[layer], dtype=torch.bfloat16, device=gpu).relu()
-    compare.run(
-        benchmark,
-        variant,
-        direction,
+def subject(number: str, trial: bool = False) -> Subject:
+    """The layer of that number, or a small one of its kind."""
+    shape = tiny(POOLS[number]) if trial else POOLS[number]
+    return Subject(
+        "max_pool2d",
+        f"pool{number}",
         lambda x: ops.max_pool2d(x, 3, 2),
         lambda x: F.max_pool2d(x, 3, 2),
-        image.requires_grad_(),
+        lambda batch, randn: [randn(batch, *shape).relu().requires_grad_()],
+        lambda direction, batch, itemsize: work.pooling(shape, batch, itemsize),
     )
+
+
+@pytest.mark.parametrize("layer", POOLS)
+def test_max_pool2d(compare_op: Callable[[Subject], None], lab: Lab, layer: str) -> None:
+    compare_op(subject(layer, lab.trial))

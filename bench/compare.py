@@ -1,75 +1,66 @@
-"""One op in four variants: alexkern, eager PyTorch in NCHW and channels_last, torch.compile."""
+"""Two records side by side: what became slower or faster beyond noise.
 
-from collections.abc import Callable
-from typing import Any
+    python -m bench compare OLD.json NEW.json
 
-import pytest
-import torch
-from torch import Tensor
+A difference counts if the 95 % intervals of the two medians do not overlap and the medians differ
+by more than 2 %, which two runs of the same code can. Exit code 1 if something became slower, or
+is no longer right.
+"""
 
-from alexkern import use_backend
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
-VARIANTS = ("alexkern", "eager_nchw", "eager_channels_last", "compile")
-DIRECTIONS = ("forward", "backward")
+from bench.record import Measurement, Record, load
 
-variants = pytest.mark.parametrize("variant", VARIANTS)
-directions = pytest.mark.parametrize("direction", DIRECTIONS)
-
-
-def run(
-    benchmark: Any,
-    variant: str,
-    direction: str,
-    ours: Callable[..., Tensor],
-    theirs: Callable[..., Tensor],
-    *operands: Tensor,
-) -> None:
-    """Time one direction of one variant on the operands, after checking its result.
-
-    Args:
-        benchmark: pytest-benchmark's fixture.
-        variant: one of VARIANTS; ``ours`` runs on channels_last operands.
-        direction: ``"forward"`` without autograd, or ``"backward"``: the gradients of all
-            operands that require them, from a stored forward.
-        ours: the op of this library.
-        theirs: the same from torch.nn.functional.
-        operands: on a GPU; the 4-D ones are put into the variant's memory format.
-    """
-    torch.compiler.reset()
-    call = {"alexkern": ours, "compile": torch.compile(theirs)}.get(variant, theirs)
-    nchw = variant == "eager_nchw"
-    layout = torch.contiguous_format if nchw else torch.channels_last
-    leaves = [
-        operand.detach()
-        .to(memory_format=layout if operand.dim() == 4 else torch.preserve_format)
-        .requires_grad_(operand.requires_grad)
-        for operand in operands
-    ]
-    with use_backend("triton"):
-        if direction == "forward":
-            with torch.no_grad():
-                _check(call(*leaves), theirs, leaves)
-                benchmark(_synchronised, lambda: call(*leaves))
-            return
-        output = call(*leaves)
-        _check(output.detach(), theirs, leaves)
-        grad = torch.randn_like(output)
-        inputs = [leaf for leaf in leaves if leaf.requires_grad]
-        benchmark(
-            _synchronised,
-            lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True),
-        )
+_NOISE = 0.02
 
 
-def _synchronised(call: Callable[[], Any]) -> None:
-    call()
-    torch.cuda.synchronize()
+def changes(old: Record, new: Record) -> tuple[list[str], list[str]]:
+    """Lines for what became slower (or wrong), and for what became faster."""
+    before = {m.key: m for m in old.measurements}
+    slower, faster = [], []
+    for now in new.measurements:
+        then = before.get(now.key)
+        if then is None or not then.seconds:
+            continue
+        if not now.seconds:
+            slower.append(f"{_name(now)}: {now.failure}")
+        elif _differ(then, now):
+            times = f"{1e6 * then.median:.1f} -> {1e6 * now.median:.1f} us"
+            line = f"{_name(now)}: {times} ({now.median / then.median:.2f}x)"
+            (slower if now.median > then.median else faster).append(line)
+    return slower, faster
 
 
-def _check(output: Tensor, theirs: Callable[..., Tensor], leaves: list[Tensor]) -> None:
-    """Refuse to time a result that is further off than the dtype's rounding explains."""
-    with torch.no_grad():
-        truth = theirs(*(leaf.detach().double() for leaf in leaves))
-    error = (output.double() - truth).abs().max() / truth.abs().max()
-    bound = 4 * torch.finfo(output.dtype).eps
-    assert error <= bound, f"relative error {error:.1e} exceeds {bound:.1e}"
+def _differ(then: Measurement, now: Measurement) -> bool:
+    (low_then, high_then), (low_now, high_now) = then.interval, now.interval
+    apart = low_now > high_then or high_now < low_then
+    return apart and abs(now.median / then.median - 1) > _NOISE
+
+
+def _name(measurement: Measurement) -> str:
+    key = measurement.key
+    return f"{key.layer} {key.direction} {key.dtype} {key.batch} {key.variant}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parsed = parser.parse_args(arguments)
+    old, new = load(Record, parsed.old), load(Record, parsed.new)
+    for name in ("gpu", "driver", "torch", "triton", "cudnn"):
+        here, there = getattr(old.machine, name), getattr(new.machine, name)
+        if here != there:
+            print(f"not the same {name}: {here} and {there}")
+    slower, faster = changes(old, new)
+    common = {m.key for m in old.measurements} & {m.key for m in new.measurements}
+    print(f"{len(common)} measurements in both: {len(slower)} slower, {len(faster)} faster")
+    for line in slower:
+        print(f"slower  {line}")
+    for line in faster:
+        print(f"faster  {line}")
+    return 1 if slower else 0

@@ -1,24 +1,22 @@
 """Compile every kernel as the ops launch it, for GPUs that this machine need not have.
 
-    python -m bench.static sm_90            # a table; --json for one JSON object per kernel
+    python -m bench static sm_90        # a table of what the compiler made of each kernel
+    python -m bench static --check      # compare all with the committed record, as CI does
+    python -m bench static --record     # accept all as they are now
 
 The ops run on meta tensors with launches recorded instead of made, so what is compiled is
 exactly what a GPU would be asked for: types, alignment, constants, warps and stages. Registers,
-spills and instructions are read from the result with the tools that come with Triton.
+spills and instructions are read from the result with the tools that come with Triton;
+:mod:`bench.compile_record` says what they mean and predicts a time from them.
 """
 
 import argparse
-import json
 import os
-import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +24,29 @@ import torch
 import alexkern.ops as ops
 from alexkern import use_backend
 from alexkern.runtime.launch import Launch, record_launches
+from bench import lrn_path
+from bench.compile_record import (
+    GPUS,
+    CompiledKernel,
+    CompileRecord,
+    differences,
+    four_digits,
+    predict,
+    programs_per_multiprocessor,
+    record_path,
+    table,
+)
 from bench.layers import BATCH, CONVOLUTIONS, DROPOUTS, NORMALISED, POOLS
+from bench.machine import DTYPES, precision
+from bench.programs import (
+    WARP,
+    Compilation,
+    Program,
+    compilation,
+    compile_programs,
+    executed_instructions,
+)
+from bench.record import FORMAT, RecordError, load, save
 
 # not in the paper: channels, and elements in the batch, that 8 divides and 16 does not
 ODD = (24, 7, 7)
@@ -34,68 +54,82 @@ _ODD_BATCH = 3
 # so many images that offsets need 64 bits
 _LARGE_BATCH = 2**15
 
-# tf32 is float32 under torch's switch of that name
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "tf32": torch.float32,
+LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+TARGETS = (*GPUS, "gfx942")
+# the last is no op's, but that of docs/kernel-path.md
+STEMS = ("conv", "dropout", "lrn", "pool", "lrn_path")
+_EVERYTHING: dict[str, Sequence[str]] = {
+    "targets": tuple(GPUS),
+    "dtypes": tuple(DTYPES),
+    "layouts": tuple(LAYOUTS),
+    "stems": STEMS,
 }
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+# How often a kernel's loops are run, from its parameters: one number if all loops make as many
+# trips, else one per loop that the compiler leaves in the program, in order.
+TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
+    "conv2d": lambda p: (_ceil(p.KERNEL_H * p.KERNEL_W * p.GROUP_IN, p.BLOCK_K),),
+    "conv2d_weight_grad": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_K),),
+    "conv2d_epilogue_backward": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_M),),
+    "sum_partials": lambda p: (p.splits // 4, p.splits % 4),  # unrolled by the compiler
+    "lrn_forward": lambda p: (p.BEFORE + 1 + p.AFTER,),
+    "lrn_backward_terms": lambda p: (p.BEFORE + 1 + p.AFTER,),
+    "lrn_backward": lambda p: (p.BEFORE + 1 + p.AFTER,),
+    "step_1_formula": lambda p: (5,),
+    "max_pool_forward": lambda p: (p.KERNEL_H * p.KERNEL_W,),
+    "max_pool_backward": lambda p: (
+        (((p.KERNEL_H - 1) * p.DILATION_H) // p.STRIDE_H + 1)
+        * (((p.KERNEL_W - 1) * p.DILATION_W) // p.STRIDE_W + 1),
+    ),
+}
+
+
+def _ceil(number: int, unit: int) -> int:
+    return -(-number // unit)
 
 
 @dataclass(frozen=True)
-class Job:
-    """One kernel to compile: the layer that launches it, and what Triton needs to know."""
+class LayerLaunch:
+    """One launch of a layer; the fields are those of :class:`CompiledKernel`, ``trips`` apart."""
 
-    name: str
-    stem: str
-    kernel: str
+    layer: str
+    direction: str
+    number: int
     dtype: str
     layout: str
-    signature: tuple[tuple[str, str], ...]
-    divisible: tuple[str, ...]
-    constants: tuple[tuple[str, Any], ...]
-    options: tuple[tuple[str, int], ...]
+    compilation: Compilation
+    programs: int
+    elements: int
+    bytes: int
+    flops: int
+    trips: tuple[int, ...] | None
 
 
-def jobs(dtype: str, layout: str, stems: Sequence[str] = ()) -> list[Job]:
-    """The distinct kernels of AlexNet's layers, forward and backward, at batch 128."""
-    found: dict[Job, Job] = {}
-    for name, call in _layers(dtype, layout):
-        with record_launches() as launches, use_backend("triton"), _fp32_precision(dtype):
+def layer_launches(dtype: str, layout: str, stems: Sequence[str] = STEMS) -> list[LayerLaunch]:
+    """The launches of AlexNet's layers, forward and backward, at batch 128."""
+    found = []
+    for layer, call in _layers(dtype, layout):
+        with record_launches() as launches, use_backend("triton"), precision(dtype):
             output = call()
-            output.backward(torch.empty_like(output))
-        for launch in launches:
-            job = _job(name, launch, dtype, layout)
-            if not stems or job.stem in stems:
-                found.setdefault(_unnamed(job), job)
-    return list(found.values())
-
-
-@contextmanager
-def _fp32_precision(dtype: str) -> Iterator[None]:
-    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = switch.fp32_precision
-    switch.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
-
-
-def _unnamed(job: Job) -> Job:
-    return Job("", *list(asdict(job).values())[1:])
+            forward = len(launches)
+            if output.requires_grad:
+                output.backward(torch.empty_like(output))
+        for direction, made in (("forward", launches[:forward]), ("backward", launches[forward:])):
+            for index, launch in enumerate(made):
+                number = sum(other.kernel is launch.kernel for other in made[: index + 1])
+                found.append(_layer_launch(launch, layer, direction, number, dtype, layout))
+    if dtype == "tf32":  # which only the convolutions see
+        stems = [stem for stem in stems if stem == "conv"]
+    return [launch for launch in found if launch.compilation.stem in stems]
 
 
 def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     """Each layer's name, and a call of its op on meta tensors."""
-    memory_format = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}[layout]
 
     def tensor(*shape: int) -> torch.Tensor:
         result = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
         if len(shape) == 4:
-            result = result.to(memory_format=memory_format)
+            result = result.to(memory_format=LAYOUTS[layout])
         return result.requires_grad_()
 
     def convolution(batch: int, shape: tuple[int, ...], *geometry: Any) -> Any:
@@ -111,7 +145,7 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     def pooling(*shape: int) -> Any:
         return lambda: ops.max_pool2d(tensor(*shape), 3, 2)
 
-    def dropping(*shape: int, **place: int) -> Any:
+    def dropping(*shape: int, **place: Any) -> Any:
         return lambda: ops.dropout(tensor(*shape), **place)
 
     for name, layer in CONVOLUTIONS.items():
@@ -120,9 +154,13 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         if number in NORMALISED:
             yield f"lrn{number}", normalisation(BATCH, *shape)
         yield f"pool{number}", pooling(BATCH, *shape)
-    for number, shape in DROPOUTS.items():
-        yield f"dropout{number}", dropping(BATCH, *shape)
-        yield f"dropout{number} shard", dropping(BATCH, shape[0] // 2, row_stride=shape[0])
+    if (dtype, layout) == ("bf16", "nhwc"):
+        for step in lrn_path.STEPS:
+            image = tensor(BATCH, *POOLS["1"]).detach()
+            yield "lrn1", partial(lrn_path.run, step, image)
+    for number, (units,) in DROPOUTS.items():
+        yield f"dropout{number}", dropping(BATCH, units)
+        yield f"dropout{number} shard", dropping(BATCH, units // 2, row_stride=units)
     for name, batch, shape in (
         ("odd", _ODD_BATCH, ODD),
         ("large", _LARGE_BATCH, CONVOLUTIONS["conv2"][0]),
@@ -133,147 +171,184 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         yield f"{name} dropout", dropping(batch, *shape)
 
 
-def _job(name: str, launch: Launch, dtype: str, layout: str) -> Job:
-    """Types and alignment as Triton's own launcher derives them from the arguments."""
-    signature, divisible, constants = [], [], dict(launch.constants)
-    for parameter, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):
-        if isinstance(value, torch.Tensor):
-            types = {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
-            types |= {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-            signature.append((parameter, "*" + types[value.dtype]))
-            divisible.append(parameter)  # fresh allocations are aligned to more than 16 bytes
-        elif isinstance(value, float):
-            signature.append((parameter, "fp32"))
-        elif value == 1:
-            constants[parameter] = 1
-        else:
-            signature.append((parameter, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if value % 16 == 0:
-                divisible.append(parameter)
-    stem = launch.kernel.__module__.rpartition(".")[2]
-    return Job(
-        name,
-        stem,
-        launch.kernel.__name__,
+def _layer_launch(
+    launch: Launch, layer: str, direction: str, number: int, dtype: str, layout: str
+) -> LayerLaunch:
+    kernel = launch.kernel
+    arguments = dict(zip(kernel.arg_names, launch.arguments, strict=False))
+    parameters = SimpleNamespace(**arguments, **launch.constants)
+    # a pointer that the kernel does not use is given a tensor that is there already
+    tensors = {id(v): v for v in launch.arguments if isinstance(v, torch.Tensor)}.values()
+    trips = TRIPS.get(kernel.__name__)
+    return LayerLaunch(
+        layer,
+        direction,
+        number,
         dtype,
         layout,
-        tuple(signature),
-        tuple(divisible),
-        tuple(constants.items()),
-        tuple(launch.options.items()),
+        compilation(launch),
+        programs=prod(launch.grid),
+        elements=_elements(kernel.__name__, parameters),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        flops=_flops(kernel.__name__, parameters),
+        trips=trips(parameters) if trips else None,
     )
 
 
-def compile_job(job: Job, target: str) -> dict[str, Any]:
-    """Compile for ``target`` and report: name, registers, spills, shared bytes, instructions.
-
-    ``spilled_bytes`` is what a thread keeps in local memory; ``instructions`` counts
-    tensor-core instructions, 16-byte global loads and stores (asynchronous copies included).
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from alexkern.runtime.launch import device_code
-
-    function = getattr(device_code(job.stem), job.kernel)
-    types = dict(job.signature)
-    source = ASTSource(
-        fn=function,
-        signature={name: types.get(name, "constexpr") for name in function.arg_names},
-        constexprs=dict(job.constants),
-        attrs={
-            (index,): [["tt.divisibility", 16]]
-            for index, name in enumerate(function.arg_names)
-            if name in job.divisible
-        },
-    )
-    if target.startswith("sm_"):
-        gpu = GPUTarget("cuda", int(target[3:]), 32)
-    else:
-        gpu = GPUTarget("hip", target, 64)
-    compiled = triton.compile(source, target=gpu, options=dict(job.options))
-    report = {
-        "name": f"{job.name} {job.kernel}",
-        "target": target,
-        "dtype": job.dtype,
-        "layout": job.layout,
-        "stem": job.stem,
-        "kernel": job.kernel,
-        "constants": {name: value for name, value in job.constants if name.startswith("BLOCK")},
-        "shared_bytes": compiled.metadata.shared,
-    }
-    if target.startswith("sm_"):
-        report |= _read_cubin(compiled)
-    return report
+def _elements(kernel: str, parameters: Any) -> int:
+    if hasattr(parameters, "count"):
+        return int(parameters.count)
+    for name in ("result_pointer", "masked_pointer", "partial_pointer"):
+        if hasattr(parameters, name):
+            return int(getattr(parameters, name).numel())
+    raise ValueError(f"{kernel} has no parameter that bench.static knows as its result")
 
 
-_INSTRUCTIONS = {
-    "tensor_core": r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma",
-    "load_16_bytes": r"ld\.global\S*\.v4\.[bfu]32|ld\.global\S*\.v2\.[bfu]64"
-    r"|cp\.async\.c[ga]\.shared\.global[^;]*?, (?:0x10|16)\b",
-    "store_16_bytes": r"st\.global\S*\.v4\.[bfu]32|st\.global\S*\.v2\.[bfu]64",
-}
+def _flops(kernel: str, parameters: Any) -> int:
+    """Of a convolution: for each of its output's elements, in whatever role that is given."""
+    output = {
+        "conv2d": ("source_pointer", "GROUP_OUT")
+        if getattr(parameters, "TRANSPOSED", False)
+        else ("result_pointer", "GROUP_IN"),
+        "conv2d_weight_grad": ("grad_pointer", "GROUP_IN"),
+    }.get(kernel)
+    if output is None:
+        return 0
+    pointer, channels = (getattr(parameters, name) for name in output)
+    products = parameters.KERNEL_H * parameters.KERNEL_W * channels
+    return int(2 * pointer.numel() * products)
 
 
-def _read_cubin(compiled: Any) -> dict[str, Any]:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(tools / "cuobjdump"), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (
-        int(re.search(rf"{field}:(\d+)", usage)[1])  # type: ignore[index]
-        for field in ("REG", "STACK", "LOCAL")
-    )
-    ptx = compiled.asm["ptx"]
-    return {
-        "registers": registers,
-        "spilled_bytes": stack + local,
-        "instructions": {name: len(re.findall(p, ptx)) for name, p in _INSTRUCTIONS.items()},
-    }
-
-
-def compile_all(work: Sequence[tuple[Job, str]]) -> list[dict[str, Any]]:
-    """Compile (job, target) pairs on all cores, in order."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compile_job, *zip(*work, strict=True)))
-
-
-def main() -> None:
-    """Command line: targets, dtypes and layouts to compile."""
-    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
-    parser.add_argument("targets", nargs="*", default=["sm_90"], help=", ".join(TARGETS))
-    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
-    parser.add_argument("--layouts", nargs="+", default=["nhwc"], choices=["nhwc", "nchw"])
-    parser.add_argument("--stems", nargs="+", default=[], help="conv, lrn, pool, dropout")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+def compile_kernels(
+    targets: Sequence[str],
+    dtypes: Sequence[str],
+    layouts: Sequence[str],
+    stems: Sequence[str] = STEMS,
+) -> list[CompiledKernel]:
+    """The entries of a record. Other targets than those of GPUS are compiled and left out."""
     work = [
-        (job, target)
-        for target in arguments.targets
-        for dtype in arguments.dtypes
-        for layout in arguments.layouts
-        for job in jobs(dtype, layout, arguments.stems)
+        (launch, target)
+        for target in targets
+        for dtype in dtypes
+        for layout in layouts
+        for launch in layer_launches(dtype, layout, stems)
     ]
-    for report in compile_all(work):
-        if arguments.json:
-            print(json.dumps(report))
-        else:
-            counts = report.get("instructions", {})
-            print(
-                f"{report['name']:36s} {report['target']:7s} {report['dtype']} {report['layout']} "
-                f"{report.get('registers', '-'):>4} registers "
-                f"{report.get('spilled_bytes', '-'):>4} B spilled "
-                f"{report['shared_bytes']:>6} B shared  "
-                + " ".join(f"{name}={count}" for name, count in counts.items())
-            )
+    programs = compile_programs((launch.compilation, target) for launch, target in work)
+    return [
+        _compiled_kernel(launch, target, programs[launch.compilation, target])
+        for launch, target in work
+        if target in GPUS
+    ]
 
 
-if __name__ == "__main__":
-    main()
+def _compiled_kernel(launch: LayerLaunch, target: str, program: Program) -> CompiledKernel:
+    compilation, gpu = launch.compilation, GPUS[target]
+    options = dict(compilation.options)
+    resident = programs_per_multiprocessor(gpu, program.binary, options["num_warps"])
+    executed = executed_instructions(compilation.kernel, program, launch.trips)
+    warp_instructions = executed * options["num_warps"] * launch.programs
+    tensor_cores = program.instructions["tensor_core"] > 0
+    predicted_us, bound = predict(
+        gpu, launch.dtype, tensor_cores, launch.bytes, warp_instructions, launch.flops
+    )
+    return CompiledKernel(
+        layer=launch.layer,
+        direction=launch.direction,
+        kernel=compilation.kernel,
+        number=launch.number,
+        stem=compilation.stem,
+        dtype=launch.dtype,
+        layout=launch.layout,
+        target=target,
+        blocks={n: v for n, v in compilation.constants if n.startswith(("BLOCK", "VECTOR"))},
+        **options,
+        registers=program.binary.registers,
+        spilled_bytes=program.binary.spilled_bytes,
+        shared_bytes=program.binary.shared_bytes,
+        programs_per_multiprocessor=resident,
+        occupancy=resident * options["num_warps"] / gpu.warps,
+        instructions=program.instructions,
+        programs=launch.programs,
+        elements=launch.elements,
+        bytes=launch.bytes,
+        flops=launch.flops,
+        instructions_per_element=four_digits(warp_instructions * WARP / launch.elements),
+        predicted_us=predicted_us,
+        bound=bound,
+    )
+
+
+def _check(selection: dict[str, Sequence[str]]) -> int:
+    """Compare with the committed record; the exit status."""
+    import triton
+
+    path = record_path(triton.__version__)
+    if not path.exists():
+        raise RecordError(
+            f"{path}: no record for triton {triton.__version__}; python -m bench static --record "
+            "makes one"
+        )
+    committed = [
+        kernel
+        for kernel in load(CompileRecord, path).kernels
+        if all(getattr(kernel, name.removesuffix("s")) in selection[name] for name in selection)
+    ]
+    fresh = compile_kernels(**selection)
+    lines = differences(committed, fresh)
+    if not lines:
+        print(f"{len(fresh)} kernels are as in {path.name}")
+        return 0
+    print("\n".join(lines))
+    print(f"{len(lines)} of {len(fresh)} kernels are not as in {path.name}.")
+    print("If that is intended: python -m bench static --record, and commit the result.")
+    return 1
+
+
+def _record() -> int:
+    """Write the record of the installed triton; the exit status."""
+    import triton
+
+    path = record_path(triton.__version__)
+    kernels = compile_kernels(**_EVERYTHING)
+    save(CompileRecord(FORMAT, triton.__version__, kernels), path)
+    print(f"{len(kernels)} kernels written to {path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    description, _, _ = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(prog="python -m bench static", description=description)
+    parser.add_argument("targets", nargs="*", help=", ".join(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS)
+    parser.add_argument("--stems", nargs="+", choices=STEMS)
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="compare with the committed record")
+    action.add_argument("--record", action="store_true", help="write the record (always of all)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: a table of sm_90 in bf16, channels_last, unless told otherwise."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    known = tuple(GPUS) if options.check else TARGETS
+    if unknown := [target for target in options.targets if target not in known]:
+        parser.error(f"unknown targets {unknown}, choose from {known}")
+    chosen = {name: value for name in _EVERYTHING if (value := getattr(options, name))}
+    if options.record:
+        if chosen:
+            parser.error("--record writes all kernels, not a selection")
+        return _record()
+    if options.check:
+        return _check(_EVERYTHING | chosen)
+    default = {"targets": ("sm_90",), "dtypes": ("bf16",), "layouts": ("nhwc",)}
+    selection = _EVERYTHING | default | chosen
+    for line in table(compile_kernels(**selection)):
+        print(line)
+    for target in selection["targets"]:
+        if target not in GPUS:
+            print(f"{target}: {', '.join(selection['stems'])} compiled; nothing more is checked")
+    return 0

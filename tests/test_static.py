@@ -1,9 +1,15 @@
-"""Every kernel that the ops ship compiles for GPUs that need not be here, within its budget."""
+"""Every kernel that the ops ship compiles for GPUs that need not be here, within its budget.
 
+What was compiled is compared with the committed record, so that the two stay the same.
+"""
+
+import ast
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,78 +17,481 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
+from bench import static
+from bench.compile_record import (
+    GPUS,
+    CompiledKernel,
+    CompileRecord,
+    differences,
+    predict,
+    programs_per_multiprocessor,
+    record_path,
+)
+from bench.programs import Binary, Program, executed_instructions, read_code
+from bench.record import FORMAT, RecordError, load, save
+
 ROOT = Path(__file__).parents[1]
 MEMORY_BOUND = ("lrn", "pool", "dropout")
+RECORD = record_path(triton.__version__)
+
+COMPILE = """
+import json, sys
+from pathlib import Path
+from bench.compile_record import CompileRecord
+from bench.record import FORMAT, save
+from bench.static import compile_kernels
+kernels = [k for selection in json.loads(sys.argv[1]) for k in compile_kernels(*selection)]
+save(CompileRecord(FORMAT, "", kernels), Path(sys.argv[2]))
+"""
 
 
-def compile_kernels(*arguments: str) -> list[dict[str, Any]]:
-    """Reports of `python -m bench.static`; apart, as interpreted kernels cannot be compiled."""
+def run_apart(*arguments: str) -> str:
+    """Standard output of another Python: interpreted kernels cannot be compiled."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.static", "--json", *arguments]
+    command = [sys.executable, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return run.stdout
 
 
-def check_no_spills(reports: list[dict[str, Any]]) -> None:
-    spilling = [report for report in reports if report["spilled_bytes"]]
+def compile_apart(path: Path, *selections: tuple[Sequence[str], ...]) -> list[CompiledKernel]:
+    """Compile selections of targets, dtypes and layouts."""
+    run_apart("-c", COMPILE, json.dumps(selections), str(path))
+    return load(CompileRecord, path).kernels
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[CompiledKernel]:
+    """All targets in bf16 and channels_last, sm_90 in other dtypes and NCHW too."""
+    return compile_apart(
+        tmp_path_factory.mktemp("compiled") / "some.json",
+        (list(GPUS), ["bf16"], ["nhwc"]),
+        (["sm_90"], ["fp32", "tf32"], ["nhwc"]),
+        (["sm_90"], ["bf16"], ["nchw"]),
+    )
+
+
+@pytest.fixture(scope="module")
+def bf16(compiled: list[CompiledKernel]) -> list[CompiledKernel]:
+    return select(compiled, dtype="bf16", layout="nhwc")
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> list[CompiledKernel]:
+    path = tmp_path_factory.mktemp("compiled") / "all.json"
+    return compile_apart(path, (list(GPUS), list(static.DTYPES), list(static.LAYOUTS)))
+
+
+def select(kernels: Iterable[CompiledKernel], **values: str) -> list[CompiledKernel]:
+    """Those with these values of their fields; there must be some."""
+    found = [k for k in kernels if all(getattr(k, name) == v for name, v in values.items())]
+    assert found, values
+    return found
+
+
+def check_no_spills(kernels: list[CompiledKernel]) -> None:
+    spilling = [(kernel.key, kernel.spilled_bytes) for kernel in kernels if kernel.spilled_bytes]
     assert not spilling, spilling
 
 
-def check_budget(reports: list[dict[str, Any]]) -> None:
+def check_budget(kernels: list[CompiledKernel]) -> None:
     """Tensor cores in the convolutions, 16-byte accesses in the memory-bound kernels.
 
     For fp16, bf16 in channels_last, with channels that 8 divides.
     """
-    assert {report["stem"] for report in reports} == {"conv", *MEMORY_BOUND}
-    for report in reports:
-        counts = report["instructions"]
-        if report["kernel"] in ("conv2d", "conv2d_weight_grad"):
-            assert counts["tensor_core"] > 0, report
-        elif report["stem"] in MEMORY_BOUND or report["kernel"] == "conv2d_epilogue_backward":
-            assert counts["load_16_bytes"] > 0, report
-            assert counts["store_16_bytes"] > 0, report
+    assert {kernel.stem for kernel in kernels} == set(static.STEMS)
+    for kernel in kernels:
+        counts = kernel.instructions
+        if kernel.kernel in ("conv2d", "conv2d_weight_grad"):
+            assert counts["tensor_core"] > 0, kernel
+        elif kernel.stem in MEMORY_BOUND or kernel.kernel == "conv2d_epilogue_backward":
+            assert counts["load_16_bytes"] > 0, kernel
+            assert counts["store_16_bytes"] > 0, kernel
 
 
-def test_sm_90_within_budget() -> None:
-    reports = compile_kernels("sm_90", "--dtypes", "bf16")
-    check_budget(reports)
-    check_no_spills(reports)
+def check_recorded(kernels: list[CompiledKernel]) -> None:
+    """Compare with the record of the same targets, dtypes and layouts."""
+    if not RECORD.exists():
+        pytest.skip(
+            f"no record for triton {triton.__version__}: python -m bench static --record makes one"
+        )
+    compiled = {kernel.key[3:] for kernel in kernels}
+    recorded = [k for k in load(CompileRecord, RECORD).kernels if k.key[3:] in compiled]
+    assert differences(recorded, kernels) == []
 
 
-def test_sm_90_float32_does_not_spill() -> None:
-    check_no_spills(compile_kernels("sm_90", "--dtypes", "fp32", "tf32"))
+def test_sm_90_within_budget(bf16: list[CompiledKernel]) -> None:
+    kernels = select(bf16, target="sm_90")
+    check_budget(kernels)
+    check_no_spills(kernels)
 
 
-def test_sm_90_nchw_does_not_spill() -> None:
-    check_no_spills(compile_kernels("sm_90", "--dtypes", "bf16", "--layouts", "nchw"))
+@pytest.mark.parametrize("dtype", ["fp32", "tf32"])
+def test_sm_90_float32_does_not_spill(compiled: list[CompiledKernel], dtype: str) -> None:
+    check_no_spills(select(compiled, dtype=dtype))
 
 
-def test_other_generations_compile() -> None:
-    reports = compile_kernels("sm_80", "sm_100", "--dtypes", "bf16")
-    for target in ("sm_80", "sm_100"):
-        check_budget([report for report in reports if report["target"] == target])
+def test_sm_90_nchw_does_not_spill(compiled: list[CompiledKernel]) -> None:
+    check_no_spills(select(compiled, layout="nchw"))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+def test_other_generations_within_budget(bf16: list[CompiledKernel], target: str) -> None:
+    check_budget(select(bf16, target=target))
 
 
 def test_memory_bound_kernels_compile_for_amd() -> None:
-    reports = compile_kernels("gfx942", "--stems", *MEMORY_BOUND)
-    assert {report["stem"] for report in reports} == set(MEMORY_BOUND)
+    output = run_apart("-m", "bench", "static", "gfx942", "--stems", *MEMORY_BOUND)
+    assert output.startswith("gfx942: lrn, pool, dropout compiled")
+
+
+def test_the_record_is_of_these_kernels(compiled: list[CompiledKernel]) -> None:
+    check_recorded(compiled)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_dtype_layout_and_generation() -> None:
-    dtypes, layouts = ["bf16", "fp16", "fp32", "tf32"], ["nhwc", "nchw"]
-    targets = ["sm_80", "sm_90", "sm_100"]
-    reports = compile_kernels(*targets, "--dtypes", *dtypes, "--layouts", *layouts)
-    check_no_spills([report for report in reports if report["target"] == "sm_90"])
-    for target in targets:
+def test_the_record_is_of_all_kernels(everything: list[CompiledKernel]) -> None:
+    check_recorded(everything)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nothing_spills_on_sm_90(everything: list[CompiledKernel]) -> None:
+    check_no_spills(select(everything, target="sm_90"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_generation_within_budget(everything: list[CompiledKernel]) -> None:
+    for target in GPUS:
         for dtype in ("bf16", "fp16"):
-            key = {"target": target, "dtype": dtype, "layout": "nhwc"}
-            check_budget([r for r in reports if all(r[name] == key[name] for name in key)])
+            check_budget(select(everything, target=target, dtype=dtype, layout="nhwc"))
 
 
-def test_the_budget_notices_scalar_accesses() -> None:
+def test_the_budget_notices_scalar_accesses(compiled: list[CompiledKernel]) -> None:
     """The check can fail: NCHW pooling cannot use 16-byte accesses."""
-    reports = compile_kernels("sm_90", "--layouts", "nchw", "--stems", "pool")
-    assert all(report["instructions"]["load_16_bytes"] == 0 for report in reports)
+    for kernel in select(compiled, layout="nchw", stem="pool"):
+        assert kernel.instructions["load_16_bytes"] == 0
+        assert kernel.instructions["load_narrower"] > 0
+
+
+def test_every_kernel_is_recorded(bf16: list[CompiledKernel]) -> None:
+    written = {
+        function.name
+        for path in (*(ROOT / "kernels").glob("*.py"), ROOT / "bench" / "lrn_path.py")
+        for function in ast.parse(path.read_text()).body
+        if isinstance(function, ast.FunctionDef)
+        and not function.name.startswith("_")
+        and [ast.unparse(decorator) for decorator in function.decorator_list] == ["triton.jit"]
+    }
+    for target in GPUS:
+        assert {kernel.kernel for kernel in select(bf16, target=target)} == written
+
+
+def test_launches_of_a_layer_have_different_keys(bf16: list[CompiledKernel]) -> None:
+    assert len({kernel.key for kernel in bf16}) == len(bf16)
+    backward = [k.key[2] for k in select(bf16, target="sm_90", layer="conv2", direction="backward")]
+    assert backward == [
+        "conv2d_epilogue_backward",
+        "sum_partials",
+        "conv2d",
+        "conv2d_weight_grad",
+        "sum_partials #2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layer", "kernel", "direction", "gigaflops", "megabytes"),
+    [
+        ("conv1", "conv2d", "forward", 27.0, 112.9),
+        ("conv1", "conv2d_weight_grad", "backward", 27.0, None),
+        ("conv2", "conv2d", "forward", 57.3, 66.3),
+        ("conv2", "conv2d", "backward", 57.3, 66.3),
+        ("conv2", "conv2d_weight_grad", "backward", 57.3, None),
+        ("conv3", "conv2d", "forward", 38.3, 29.5),
+        ("conv4", "conv2d", "backward", 28.7, 34.6),
+        ("conv5", "conv2d", "forward", 19.1, 28.6),
+        # three times the 74.34 MB of conv1's output, and partial sums of the bias
+        ("conv1", "conv2d_epilogue_backward", "backward", 0, 223.1),
+        ("lrn1", "lrn_forward", "forward", 0, 148.7),
+        ("lrn2", "lrn_forward", "forward", 0, 95.6),
+        ("pool1", "max_pool_forward", "forward", 0, 101.2),
+        ("pool1", "max_pool_backward", "backward", 0, 101.2),
+        ("pool2", "max_pool_forward", "forward", 0, 64.4),
+        ("pool5", "max_pool_backward", "backward", 0, 14.6),
+    ],
+)
+def test_work_of_known_layers(
+    bf16: list[CompiledKernel],
+    layer: str,
+    kernel: str,
+    direction: str,
+    gigaflops: float,
+    megabytes: float | None,
+) -> None:
+    """At batch 128, as counted by hand; what a split sum writes depends on the splits."""
+    for entry in select(bf16, layer=layer, kernel=kernel, direction=direction):
+        assert round(entry.flops / 1e9, 1) == gigaflops
+        assert megabytes is None or round(entry.bytes / 1e6, 1) == megabytes
+
+
+def test_flops_of_a_strided_transposed_convolution(bf16: list[CompiledKernel]) -> None:
+    """Each product of forward occurs once in the image's gradient too."""
+    for target in GPUS:
+        forward, backward = select(bf16, target=target, layer="odd conv", kernel="conv2d")
+        assert forward.flops == backward.flops == 2 * (3 * 24 * 4 * 4) * (3 * 3 * 12)
+
+
+# LDG.E.128 and FFMA are run as often as the loop, all else once
+CODE = [
+    "MOV R1, R2",
+    "LDG.E.128 R4, desc[UR4][R2.64]",
+    "@!P1 FFMA R4, R4, R5, R4",
+    "@P0 BRA 1",
+    "@!PT LDS RZ, [RZ]",
+    "STG.E.64 desc[UR4][R2.64], R4",
+    "@P2 MUFU.RCP R4, R5",
+    "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24",
+    "EXIT",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR12], R16",
+    "@!P2 BRA 9",
+    "BRA 4",
+    "BRA 12",
+    "NOP",
+]
+
+
+def program(code: Sequence[str]) -> Program:
+    return Program(Binary(b"", 32, 0, 0, 0), *read_code(code))
+
+
+def test_instructions_of_a_program() -> None:
+    counts, loops = read_code(CODE)
+    assert loops == (3,)
+    assert counts == {
+        "total": 12,
+        "tensor_core": 1,
+        "load_16_bytes": 1,
+        "load_narrower": 0,
+        "store_16_bytes": 0,
+        "store_narrower": 1,
+        "special_function": 1,
+        "local_memory": 0,
+    }
+
+
+def test_loops_are_run_as_often_as_their_trips_say() -> None:
+    assert executed_instructions("kernel", program(CODE), (5,)) == 12 + 4 * 3
+    twice = ["FADD", "BRA 0", "FADD", "FMUL", "@P0 BRA 2", "EXIT", "BRA 6"]
+    assert executed_instructions("kernel", program(twice), (10,)) == 10 * 2 + 10 * 3 + 1
+    assert executed_instructions("kernel", program(twice), (10, 0)) == 10 * 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("trips", "message"),
+    [(None, "kernel has 1 loops but no entry"), ((1, 2), "kernel has 1 loops, its entry .* 2")],
+)
+def test_a_loop_needs_trips(trips: tuple[int, ...] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        executed_instructions("kernel", program(CODE), trips)
+
+
+def test_a_loop_within_a_loop_is_refused() -> None:
+    with pytest.raises(ValueError, match="a loop within a loop"):
+        read_code(["FADD", "FADD", "@P0 BRA 1", "@P1 BRA 0", "EXIT", "BRA 5"])
+
+
+@pytest.mark.parametrize(
+    ("binary", "num_warps", "programs"),
+    [
+        (Binary(b"", 32, 0, 0, 0), 4, 16),  # 64 warps
+        (Binary(b"", 128, 0, 0, 0), 8, 2),  # 65536 registers
+        (Binary(b"", 129, 0, 0, 0), 8, 1),
+        (Binary(b"", 32, 0, 49152, 0), 4, 4),  # 228 KiB, 1 KiB per program more
+        (Binary(b"", 16, 0, 0, 0), 1, 32),
+        (Binary(b"", 32, 0, 0, 256), 4, 2),  # 512 columns
+    ],
+)
+def test_programs_that_a_multiprocessor_holds(
+    binary: Binary, num_warps: int, programs: int
+) -> None:
+    assert programs_per_multiprocessor(GPUS["sm_100"], binary, num_warps) == programs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tensor_cores", "size", "instructions", "flops", "prediction"),
+    [
+        ("bf16", True, 4_300_000, 0, 0, (1.0, "bytes")),
+        ("bf16", True, 0, 132 * 4 * 1980 * 2, 0, (2.0, "instructions")),
+        ("bf16", True, 0, 0, 790_000_000, (1.0, "tensor cores")),
+        ("tf32", True, 0, 0, 790_000_000, (2.0, "tensor cores")),
+        ("fp32", False, 0, 0, 67_000_000, (1.0, "fp32 units")),
+    ],
+)
+def test_prediction(
+    dtype: str, tensor_cores: bool, size: int, instructions: int, flops: int, prediction: Any
+) -> None:
+    assert predict(GPUS["sm_90"], dtype, tensor_cores, size, instructions, flops) == prediction
+
+
+KERNEL = CompiledKernel(
+    layer="conv2",
+    direction="forward",
+    kernel="conv2d",
+    number=1,
+    stem="conv",
+    dtype="bf16",
+    layout="nhwc",
+    target="sm_90",
+    blocks={"BLOCK_M": 128},
+    num_warps=8,
+    num_stages=3,
+    registers=120,
+    spilled_bytes=8,
+    shared_bytes=49152,
+    programs_per_multiprocessor=2,
+    occupancy=0.25,
+    instructions={
+        "tensor_core": 2,
+        "load_16_bytes": 8,
+        "load_narrower": 4,
+        "store_16_bytes": 8,
+        "store_narrower": 4,
+    },
+    programs=100,
+    elements=1000,
+    bytes=2000,
+    flops=3000,
+    instructions_per_element=100.0,
+    predicted_us=10.0,
+    bound="tensor cores",
+)
+NAME = "conv2 forward conv2d bf16 nhwc sm_90"
+
+
+def changed(**figures: Any) -> CompiledKernel:
+    """KERNEL with other figures; those of instructions by their own names."""
+    counts = {name: v for name, v in figures.items() if name in KERNEL.instructions}
+    others = {name: v for name, v in figures.items() if name not in counts}
+    return replace(KERNEL, **others, instructions=KERNEL.instructions | counts)
+
+
+def test_equal_records_have_no_differences() -> None:
+    assert differences([KERNEL], [replace(KERNEL)]) == []
+
+
+@pytest.mark.parametrize(
+    ("figures", "difference"),
+    [
+        (
+            {"registers": 130, "programs_per_multiprocessor": 1},
+            "registers 120 -> 130 (worse), programs_per_multiprocessor 2 -> 1",
+        ),
+        ({"spilled_bytes": 12}, "spilled_bytes 8 -> 12 (worse)"),
+        ({"occupancy": 0.125}, "occupancy 0.25 -> 0.125 (worse)"),
+        ({"tensor_core": 0}, "instructions.tensor_core 2 -> 0 (worse)"),
+        (
+            {"load_16_bytes": 4, "load_narrower": 36},
+            "instructions.load_16_bytes 8 -> 4 (worse), instructions.load_narrower 4 -> 36",
+        ),
+        (
+            {"store_16_bytes": 0, "store_narrower": 8},
+            "instructions.store_16_bytes 8 -> 0 (worse), instructions.store_narrower 4 -> 8",
+        ),
+        ({"instructions_per_element": 102.0}, "instructions_per_element 100.0 -> 102.0 (worse)"),
+        ({"predicted_us": 10.2}, "predicted_us 10.0 -> 10.2 (worse)"),
+    ],
+)
+def test_what_is_worse(figures: dict[str, Any], difference: str) -> None:
+    """And, the other way round, better."""
+    new = changed(**figures)
+    assert differences([KERNEL], [new]) == [f"{NAME}: worse: {difference}"]
+    (back,) = differences([new], [KERNEL])
+    assert back.startswith(f"{NAME}: better: ")
+    assert "worse" not in back
+
+
+@pytest.mark.parametrize(
+    ("figures", "difference"),
+    [
+        ({"registers": 122}, "registers 120 -> 122"),
+        ({"tensor_core": 1}, "instructions.tensor_core 2 -> 1"),
+        ({"load_16_bytes": 4}, "instructions.load_16_bytes 8 -> 4"),
+        ({"instructions_per_element": 100.9}, "instructions_per_element 100.0 -> 100.9"),
+        ({"predicted_us": 10.05}, "predicted_us 10.0 -> 10.05"),
+        ({"blocks": {"BLOCK_N": 1}}, "blocks.BLOCK_M 128 -> None, blocks.BLOCK_N None -> 1"),
+    ],
+)
+def test_what_is_a_change_only(figures: dict[str, Any], difference: str) -> None:
+    assert differences([KERNEL], [changed(**figures)]) == [f"{NAME}: changed: {difference}"]
+
+
+def test_worse_outweighs_better() -> None:
+    (line,) = differences([KERNEL], [changed(spilled_bytes=0, predicted_us=20.0)])
+    assert line == (
+        f"{NAME}: worse: spilled_bytes 8 -> 0 (better), predicted_us 10.0 -> 20.0 (worse)"
+    )
+
+
+def test_new_and_lost_launches_are_differences() -> None:
+    assert differences([KERNEL], []) == [f"{NAME}: changed: in the record, but no longer launched"]
+    assert differences([KERNEL], [KERNEL, replace(KERNEL, number=2)]) == [
+        "conv2 forward conv2d #2 bf16 nhwc sm_90: changed: not in the record"
+    ]
+
+
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where --check looks for the record; what it compiles is KERNEL with 120 registers."""
+    path = tmp_path / "triton.json"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(static, "record_path", lambda version: path)
+    monkeypatch.setattr(static, "compile_kernels", lambda **selection: [KERNEL])
+    return path
+
+
+def test_check_passes_equal_kernels(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = replace(KERNEL, target="sm_80")  # is not asked for
+    save(CompileRecord(FORMAT, "", [KERNEL, other]), record)
+    assert static.main(["--check", "sm_90"]) == 0
+    assert capsys.readouterr().out == "1 kernels are as in triton.json\n"
+
+
+def test_check_fails_changed_kernels(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(CompileRecord(FORMAT, "", [changed(spilled_bytes=0)]), record)
+    assert static.main(["--check"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{NAME}: worse: spilled_bytes 0 -> 8 (worse)",
+        "1 of 1 kernels are not as in triton.json.",
+        "If that is intended: python -m bench static --record, and commit the result.",
+    ]
+
+
+def test_check_needs_a_record(record: Path) -> None:
+    with pytest.raises(RecordError, match=f"no record for triton {triton.__version__}"):
+        static.main(["--check"])
+
+
+def test_a_record_is_checked_and_kept(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert static.main(["--record"]) == 0
+    assert load(CompileRecord, record).kernels == [KERNEL]
+    assert static.main(["--check"]) == 0
+
+
+def test_the_table_is_aligned(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert static.main([]) == 0
+    heading, names, figures, _ = capsys.readouterr().out.split("\n", 3)
+    assert heading == "sm_90 bf16 nhwc; times are predicted, for H200"
+    assert len(names) == len(figures)
+    assert names.split()[:4] == ["layer", "direction", "kernel", "registers"]
+    assert figures.split()[:4] == ["conv2", "forward", "conv2d", "120"]
+
+
+@pytest.mark.parametrize("arguments", [["sm_75"], ["--check", "gfx942"], ["--record", "sm_90"]])
+def test_unknown_selections_are_refused(record: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        static.main(arguments)
+    assert refusal.value.code == 2

@@ -1,0 +1,111 @@
+"""Every candidate configuration of each kernel, checked and timed: `pytest bench/ --tune`.
+
+With `--benchmark-disable` they are only checked. ``shipped`` is what the ops choose themselves.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from alexkern import use_backend
+from alexkern.runtime import config
+from bench import bench_conv, bench_dropout, bench_lrn, bench_pool
+from bench.conftest import Compare
+from bench.lab import Lab, Variant
+from bench.layers import CONVOLUTIONS, DROPOUTS, NORMALISED, POOLS
+from bench.machine import DTYPES
+from bench.operation import Implementation, Operation, Subject
+from bench.record import Key
+from bench.work import Work
+
+Candidates = dict[str, Any]
+
+
+def _candidates(kind: Any) -> Candidates:
+    """By a name that lists the configuration's numbers in the order of its fields."""
+    named = {"-".join(map(str, dataclasses.astuple(c))): c for c in config.candidates(kind)}
+    return {"shipped": None, **named}
+
+
+_POINTWISE, _MATMUL = _candidates(config.PointwiseConfig), _candidates(config.MatmulConfig)
+
+
+@contextmanager
+def _in_force(configuration: Any) -> Iterator[None]:
+    with use_backend("triton"):
+        if configuration is None:
+            yield
+        else:
+            with config.forced(configuration):
+                yield
+
+
+def _only(subject: Subject, index: int) -> Subject:
+    """The subject with a gradient for one operand alone."""
+
+    def operands(batch: int, randn: Callable[..., Tensor]) -> list[Tensor]:
+        made = subject.operands(batch, randn)
+        return [operand.detach().requires_grad_(i == index) for i, operand in enumerate(made)]
+
+    return dataclasses.replace(subject, operands=operands)
+
+
+def _tune(
+    compare: Compare, lab: Lab, subject: Subject, direction: str, batch: int, candidates: Candidates
+) -> None:
+    dtype = "fp32" if lab.trial else "bf16"
+
+    def make() -> tuple[list[Work], dict[str, Variant]]:
+        pass_ = "forward" if direction == "forward" else "backward"
+        l2_bytes = lab.record.machine.l2_bytes
+        made = Operation(subject, pass_, batch, DTYPES[dtype], lab.device, l2_bytes)
+        variants = {}
+        for name, configuration in candidates.items():
+            context: Callable[[], AbstractContextManager[Any]] = partial(_in_force, configuration)
+            variants[name] = made.variant(Implementation(subject.ours, context=context))
+        return [subject.work(direction, batch, DTYPES[dtype].itemsize)], variants
+
+    compare(Key("tune", subject.op, subject.layer, direction, dtype, batch, ""), make)
+
+
+@pytest.mark.parametrize("variant", _MATMUL)
+@pytest.mark.parametrize("direction", ["forward", "input_grad", "weight_grad"])
+@pytest.mark.parametrize("layer", CONVOLUTIONS)
+def test_convolution(
+    compare: Compare, lab: Lab, layer: str, direction: str, batch: int, variant: str
+) -> None:
+    if direction == "input_grad" and CONVOLUTIONS[layer][0][0] == 3:
+        pytest.skip("the first layer learns no image")
+    subject = bench_conv.subject(layer, lab.trial)
+    if direction != "forward":
+        subject = _only(subject, ["input_grad", "weight_grad"].index(direction))
+    _tune(compare, lab, subject, direction, batch, _MATMUL)
+
+
+_MEMORY_BOUND = [
+    *((bench_lrn.subject, number) for number in NORMALISED),
+    *((bench_pool.subject, number) for number in POOLS),
+    *((bench_dropout.subject, number) for number in DROPOUTS),
+]
+
+
+@pytest.mark.parametrize("variant", _POINTWISE)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("subject", "number"), _MEMORY_BOUND, ids=[f"{s.__module__[12:]}{n}" for s, n in _MEMORY_BOUND]
+)
+def test_memory_bound(
+    compare: Compare,
+    lab: Lab,
+    subject: Callable[[str, bool], Subject],
+    number: str,
+    direction: str,
+    batch: int,
+    variant: str,
+) -> None:
+    _tune(compare, lab, subject(number, lab.trial), direction, batch, _POINTWISE)

@@ -1,0 +1,173 @@
+"""The laboratory: variants of one thing, checked, timed side by side, and recorded."""
+
+import dataclasses
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+from bench import machine
+from bench.record import Key, Measurement, Record, save
+from bench.timing import Call, Program, sample, side_stream
+from bench.work import Work
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute something.
+
+    Attributes:
+        build: Makes its calls, one per set of operands; all do the same work.
+        error_ratio: Error of the first call's result over what is allowed.
+        graph: Whether to time replays of a CUDA graph; otherwise its launches count too.
+    """
+
+    build: Callable[[], Sequence[Call]]
+    error_ratio: Callable[[Any], float]
+    graph: bool = True
+
+
+class Lab:
+    """Measures on one device and keeps the record.
+
+    Args:
+        device: Where everything runs.
+        record: Filled with every measurement.
+        path: Where the record is saved after each group; None keeps it in memory.
+        timed: False only checks results.
+    """
+
+    def __init__(
+        self, device: torch.device, record: Record, path: Path | None, timed: bool = True
+    ) -> None:
+        self.device, self.record, self.path = device, record, path
+        self._timed = timed
+        self.measured: dict[Key, Measurement] = {}
+
+    @property
+    def trial(self) -> bool:
+        """Whether this only tries the program, on a CPU, on layers made small."""
+        return self.device.type != "cuda"
+
+    def measure(
+        self,
+        group: Key,
+        parts: Sequence[Work],
+        variants: Mapping[str, Variant],
+        names: bool = False,
+    ) -> None:
+        """Check every variant, time the right ones in turn, and record all.
+
+        A variant that raises or is wrong gets a measurement that says so, and no time.
+
+        Args:
+            group: The key, but for the variant.
+            parts: The least that a call must do, one part after the other.
+            variants: By name.
+            names: Whether to look up the names of a call's kernels.
+        """
+        torch.compiler.reset()
+        with side_stream(self.device), machine.precision(group.dtype):
+            programs: dict[str, Program] = {}
+            found: dict[str, Measurement] = {}
+            for name, variant in variants.items():
+                blank = self._blank(dataclasses.replace(group, variant=name), parts)
+                try:
+                    programs[name], facts = self._prepare(variant, names)
+                except Exception as error:
+                    facts = {"failure": _first_line(error)}
+                found[name] = dataclasses.replace(blank, **facts)
+            if self._timed:
+                self._time(programs, found)
+        del programs
+        self._keep(list(found.values()))
+
+    def keep_host(self, key: Key, seconds: list[float]) -> None:
+        """Record times that were taken on the host by someone else."""
+        measurement = dataclasses.replace(
+            self._blank(key, []), seconds=seconds, calls=1, timing="host"
+        )
+        self._keep([measurement])
+
+    def _blank(self, key: Key, parts: Sequence[Work]) -> Measurement:
+        """What is known before anything ran."""
+        ceilings = self.record.ceilings
+        return Measurement(
+            key,
+            seconds=[],
+            calls=0,
+            timing="",
+            error_ratio=None,
+            peak_bytes=None,
+            flops=sum(part.flops for part in parts),
+            bytes=sum(part.bytes for part in parts),
+            floor_seconds=sum(part.floor_seconds(ceilings, key.dtype) for part in parts),
+            tf32=torch.backends.cudnn.conv.fp32_precision == "tf32",
+        )
+
+    def _prepare(self, variant: Variant, names: bool) -> tuple[Program, dict[str, Any]]:
+        """The checked program, and what is known of it before it is timed."""
+        calls = variant.build()
+        calls[0]()
+        peak = self._peak_bytes(calls[0])
+        program = Program(calls, self.device, variant.graph)
+        program.run()
+        ratio = variant.error_ratio(program.result)
+        if not ratio <= 1:
+            raise AssertionError(f"wrong result: error is {ratio:.3g} times what is allowed")
+        facts = {
+            "calls": program.length,
+            "timing": program.timing,
+            "error_ratio": ratio,
+            "peak_bytes": peak,
+            "kernels": _kernel_names(calls[0], self.device) if names else [],
+        }
+        return program, facts
+
+    def _time(self, programs: Mapping[str, Program], found: dict[str, Measurement]) -> None:
+        rounds = {"rounds": 3} if self.trial else {}
+        seconds = sample(programs, self.device, **rounds)
+        clocks = machine.clocks()
+        for name, samples in seconds.items():
+            found[name] = dataclasses.replace(found[name], seconds=samples, clocks=clocks)
+
+    def _keep(self, measurements: Sequence[Measurement]) -> None:
+        self.measured |= {measurement.key: measurement for measurement in measurements}
+        self.record.add(measurements)
+        if self.path:
+            save(self.record, self.path)
+        gc.collect()
+        if not self.trial:
+            torch.cuda.empty_cache()
+
+    def _peak_bytes(self, call: Call) -> int | None:
+        """Most memory that a call, its result included, holds beyond what was held before."""
+        if self.trial:
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def _kernel_names(call: Call, device: torch.device) -> list[str]:
+    """The names of the kernels that a call runs, in order; of the operators on a CPU."""
+    gpu = device.type == "cuda"
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CUDA if gpu else activities.CPU]) as profile:
+        call()
+        if gpu:
+            torch.cuda.synchronize()
+    kind = DeviceType.CUDA if gpu else DeviceType.CPU
+    return [event.name for event in profile.events() if event.device_type == kind]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]

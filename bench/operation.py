@@ -1,0 +1,197 @@
+"""One op of this library beside PyTorch's, in the variants that a user could choose from."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alexkern import use_backend
+from bench.lab import Variant
+from bench.timing import Call, operand_sets
+from bench.work import Work
+
+DIRECTIONS = ("forward", "backward")
+VARIANTS = ("alexkern", "eager_nchw", "eager_channels_last", "compile")
+FULL_VARIANTS = ("alexkern_nchw", "compile_max_autotune")
+
+# Eight times bfloat16's rounding, relative to a typical value.
+_NEAR_ZERO = 2.0**-5
+
+Function = Callable[..., Tensor]
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A function of the operands, the layout they are given in, and what is in force around it."""
+
+    function: Function
+    channels_last: bool = True
+    context: Context = nullcontext
+
+
+def implementations(ours: Function, theirs: Function, trial: bool) -> dict[str, Implementation]:
+    """Those named in VARIANTS and FULL_VARIANTS.
+
+    Args:
+        ours: The op of this library.
+        theirs: The same from torch.nn.functional.
+        trial: Skip torch.compile's code generation, which takes long on a CPU.
+    """
+    triton = partial(use_backend, "triton")
+    backend = {"backend": "aot_eager"} if trial else {}
+    # the lab captures CUDA graphs itself, alike for all
+    tuned = backend or {"mode": "max-autotune-no-cudagraphs"}
+    return {
+        "alexkern": Implementation(ours, context=triton),
+        "alexkern_nchw": Implementation(ours, channels_last=False, context=triton),
+        "eager_nchw": Implementation(theirs, channels_last=False),
+        "eager_channels_last": Implementation(theirs),
+        "compile": Implementation(torch.compile(theirs, dynamic=False, **backend)),
+        "compile_max_autotune": Implementation(torch.compile(theirs, dynamic=False, **tuned)),
+    }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One op of this library on one layer, and its counterpart.
+
+    Attributes:
+        op, layer: Names.
+        ours, theirs: Functions of the same operands.
+        operands: Makes one random set in NCHW, those that need a gradient requiring it, from a
+            batch size and a function like torch.randn.
+        work: From direction, batch and bytes per element.
+        error_ratio: A check of its own, from a call's result and what it read (the first operand,
+            or the gradient): for an op whose result is random.
+        before_relu: What the ReLU of an op that has one sees. Where rounding decides its sign,
+            the upstream gradient is zero, so that nothing hangs on it.
+    """
+
+    op: str
+    layer: str
+    ours: Function
+    theirs: Function
+    operands: Callable[[int, Function], list[Tensor]]
+    work: Callable[[str, int, int], Work]
+    error_ratio: Callable[[Tensor, Tensor], float] | None = None
+    before_relu: Function | None = None
+
+
+class Operation:
+    """A subject in one direction, on sets of operands, with its truth.
+
+    ``forward`` is that of training: it keeps what backward needs. ``backward`` is the gradients
+    of all operands that require them.
+
+    The truth is float64, and the rule that of the tests: for the output or each gradient, the
+    largest and the RMS error are at most twice those of PyTorch's own op on the same operands (in
+    the layout where they are larger), plus the rounding of the largest value to the dtype.
+
+    Args:
+        subject: The op.
+        direction: ``"forward"`` or ``"backward"``.
+        batch: Images.
+        dtype: Of all operands.
+        device: Of all operands.
+        l2_bytes: Size of the cache that each call shall find cold.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        direction: str,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        l2_bytes: int,
+    ) -> None:
+        self._subject, self._forward = subject, direction == "forward"
+        self.work = subject.work(direction, batch, dtype.itemsize)
+        randn = partial(torch.randn, dtype=dtype, device=device)
+        sets = range(operand_sets(self.work.bytes, l2_bytes))
+        self._operands = [subject.operands(batch, randn) for _ in sets]
+        with torch.no_grad():
+            output = subject.theirs(*self._operands[0])
+        self._grads = [torch.randn_like(output) for _ in sets]
+        if subject.before_relu:
+            with torch.no_grad():
+                sums = subject.before_relu(*(operand.double() for operand in self._operands[0]))
+            self._grads[0].masked_fill_(sums.abs() < _NEAR_ZERO * _rms(sums), 0.0)
+        self._truths: list[tuple[Tensor, Tensor, Tensor]] | None = None
+
+    def variant(self, implementation: Implementation) -> Variant:
+        """The implementation, for the lab."""
+        return Variant(partial(self._build, implementation), self.error_ratio)
+
+    def error_ratio(self, result: Tensor | Sequence[Tensor]) -> float:
+        """Largest error of a result over what the rule allows."""
+        values = [result] if isinstance(result, Tensor) else result
+        if self._subject.error_ratio:
+            read = self._operands[0][0] if self._forward else self._grads[0]
+            return self._subject.error_ratio(values[0].detach(), read.detach())
+        if self._truths is None:
+            self._truths = self._find_truths()
+        ratios = []
+        for value, (truth, largest, rms) in zip(values, self._truths, strict=True):
+            error = value.detach().double() - truth
+            ratios.append(torch.maximum(error.abs().max() / largest, _rms(error) / rms))
+        return float(torch.stack(ratios).max())  # NaN stays NaN
+
+    def _find_truths(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Truth, largest error and RMS error allowed, of the output or of each gradient."""
+        theirs = self._subject.theirs
+        truths, *own = (
+            [result] if isinstance(result := self._call(way, 0, dtype)(), Tensor) else result
+            for way, dtype in (
+                (Implementation(theirs), torch.float64),
+                (Implementation(theirs), None),
+                (Implementation(theirs, channels_last=False), None),
+            )
+        )
+        found = []
+        for truth, *values in zip(truths, *own, strict=True):
+            errors = [(value - truth).detach() for value in values]
+            rounding = torch.finfo(values[0].dtype).eps * truth.detach().abs().max()
+            largest = torch.stack([error.abs().max() for error in errors]).max()
+            rms = torch.stack([_rms(error) for error in errors]).max()
+            found.append((truth.detach(), 2 * largest + rounding, 2 * rms + rounding))
+        return found
+
+    def _build(self, implementation: Implementation) -> list[Call]:
+        return [self._call(implementation, index) for index in range(len(self._operands))]
+
+    def _call(
+        self, implementation: Implementation, index: int, dtype: torch.dtype | None = None
+    ) -> Call:
+        """A call on a copy of a set of operands, in the implementation's layout."""
+        function, context = implementation.function, implementation.context
+        leaves = []
+        for operand in self._operands[index]:
+            leaf = operand.detach().to(dtype or operand.dtype, copy=True)
+            if operand.dim() == 4 and implementation.channels_last:
+                leaf = leaf.to(memory_format=torch.channels_last)
+            leaves.append(leaf.requires_grad_(operand.requires_grad))
+        if self._forward:
+            return partial(_within, context, function, *leaves)
+        # A compiled backward may otherwise take over the saved tensors' memory, which one that is
+        # repeated cannot allow.
+        with context(), torch._functorch.config.patch(donated_buffer=False):
+            output = function(*leaves)
+        grad = torch.empty_like(output).copy_(self._grads[index])
+        inputs = [leaf for leaf in leaves if leaf.requires_grad]
+        gradients = partial(torch.autograd.grad, output, inputs, grad, retain_graph=True)
+        return partial(_within, context, gradients)
+
+
+def _within(context: Context, function: Callable[..., Any], *arguments: Tensor) -> Any:
+    with context():
+        return function(*arguments)
+
+
+def _rms(value: Tensor) -> Tensor:
+    return value.square().mean().sqrt()

@@ -1,0 +1,354 @@
+"""Tables and plots from records: for a terminal, for README and docs.
+
+    python -m bench report                 # all tables of the newest record
+    python -m bench report --write         # refresh the tables and plots in README and docs
+    python -m bench report --check         # exit 1 if a table there is not the newest record's
+
+In a page, a table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.compile_record import CompiledKernel, CompileRecord
+from bench.record import RESULTS, Key, Measurement, Record, load, newest
+
+ROOT = Path(__file__).parents[1]
+PLOTS = ROOT / "docs" / "plots"
+# That of the compiler that GPU machines have had; CI installs it to compare.
+COMPILE_RECORD = RESULTS / "compile" / "triton-3.6.0.json"
+_PATH = "lrn_path"  # the stem of the steps in docs/kernel-path.md
+NOT_MEASURED = "Not measured on a GPU yet."
+_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Groups = dict[Key, dict[str, Measurement]]
+
+
+def groups(measurements: Sequence[Measurement], suite: str = "") -> Groups:
+    """Measurements by what was timed together, then by variant, in the order of the record."""
+    found: Groups = {}
+    for measurement in measurements:
+        if measurement.key.suite == suite or not suite:
+            found.setdefault(measurement.key.group, {})[measurement.key.variant] = measurement
+    return found
+
+
+def short(record: Record) -> str:
+    """One line per group, for a terminal."""
+    lines = [
+        f"{name}: {tests.passed} passed, {len(tests.failed)} failed, {tests.skipped} skipped"
+        + ("" if tests.complete else ", cut short")
+        for name, tests in record.tests.items()
+    ]
+    for key, found in groups(record.measurements).items():
+        cells = ", ".join(f"{name} {_cell(m)}" for name, m in _fastest(found).items())
+        what = (key.layer, key.direction, key.dtype, str(key.batch))
+        lines.append(f"{' '.join(filter(None, what))}: {cells}")
+    return "\n".join(lines)
+
+
+def _fastest(found: dict[str, Measurement]) -> dict[str, Measurement]:
+    """All variants; of a long tuning only what ships and the three fastest."""
+    if "shipped" not in found:
+        return found
+    timed = sorted((m for m in found.values() if m.seconds), key=lambda m: m.median)
+    wrong = [m for m in found.values() if m.failure and m.failure.startswith("AssertionError")]
+    return {m.key.variant: m for m in (found["shipped"], *timed[:3], *wrong)}
+
+
+def _cell(measurement: Measurement) -> str:
+    """Median in microseconds, half the width of its interval, and percent of the floor."""
+    if not measurement.seconds:
+        return measurement.failure or "checked"
+    floor = f" ({_percent(measurement)})" if measurement.floor_seconds else ""
+    return f"{_microseconds(measurement)} us{floor}"
+
+
+def _microseconds(measurement: Measurement | None) -> str:
+    if measurement is None:
+        return "-"
+    if not measurement.seconds:
+        return "failed" if measurement.failure else "-"
+    low, high = measurement.interval
+    return f"{1e6 * measurement.median:.1f} ± {1e6 * (high - low) / 2:.1f}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine_table(record: Record) -> str:
+    """What the record was made on, and the limits measured there."""
+    machine, limits = record.machine, record.ceilings
+    rates = ", ".join(
+        f"{rate / 1e12:.0f} TFLOP/s {dtype}"
+        for dtype, rate in limits.matmul_flops_per_second.items()
+    )
+    return (
+        f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, triton {machine.triton}, "
+        f"cuDNN {machine.cudnn}; commit {record.commit}, {record.date}. Measured limits: copy "
+        f"{limits.copy_bytes_per_second / 1e12:.2f} TB/s, {rates}."
+    )
+
+
+def ops_table(record: Record) -> str:
+    """Each op and direction: the variants, the floor, and how the kernel stands to both."""
+    rows = []
+    for key, found in groups(record.measurements, "ops").items():
+        ours = found.get("alexkern")
+        others = [m.median for name, m in found.items() if name != "alexkern" and m.seconds]
+        names = ("alexkern", "eager_nchw", "eager_channels_last", "compile")
+        rows.append(
+            [
+                f"{key.layer} {key.direction}, {key.dtype}, {key.batch}",
+                *(_microseconds(found.get(name)) for name in names),
+                f"{1e6 * next(iter(found.values())).floor_seconds:.1f}",
+                _percent(ours),
+                f"{min(others) / ours.median:.2f}x" if ours and ours.seconds and others else "-",
+            ]
+        )
+    header = ["us per call", "alexkern", "eager NCHW", "eager channels_last", "torch.compile"]
+    return _markdown([*header, "floor", "of floor", "against the best other"], rows)
+
+
+def _percent(measurement: Measurement | None) -> str:
+    return f"{100 * measurement.floor_share:.0f} %" if measurement and measurement.seconds else "-"
+
+
+def network_table(record: Record) -> str:
+    """Each network and direction: every rung's time, rate, memory and percent of the floor."""
+    rows = []
+    for key, found in groups(record.measurements, "network").items():
+        for name, m in found.items():
+            rate = f"{key.batch / m.median:,.0f}" if m.seconds else m.failure or "-"
+            peak = "-" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:,.0f}"
+            what = f"{key.layer} {key.direction}, {key.batch}: {name}"
+            rows.append([what, _microseconds(m), rate, peak, _percent(m)])
+    return _markdown(["", "us", "images/s", "peak MB", "of floor"], rows)
+
+
+def vendor_table(record: Record) -> str:
+    """Every pass in cuDNN: each way's rate, and the kernel that the fastest ran."""
+    rows = []
+    names = ("nchw", "channels_last", "nchw_split", "channels_last_split")
+    for key, found in groups(record.measurements, "vendor").items():
+        timed = [m for m in found.values() if m.seconds]
+        best = min(timed, key=lambda m: m.median, default=None)
+        kernel = max(best.kernels, key=len, default="") if best else ""
+        cells = (_rate(found.get(name)) for name in names)
+        rows.append([f"{key.layer} {key.direction}, {key.dtype}", *cells, f"`{kernel[:60]}`"])
+    header = ["TFLOP/s", "NCHW", "channels_last", "NCHW, split", "channels_last, split"]
+    return _markdown([*header, "a kernel of the fastest"], rows)
+
+
+def _rate(measurement: Measurement | None) -> str:
+    if measurement is None or not measurement.seconds:
+        return "-"
+    return f"{measurement.flops / measurement.median / 1e12:.0f}"
+
+
+def data_table(record: Record) -> str:
+    """The data pipeline on one core of the machine's CPU."""
+    rows = [
+        [f"{key.layer}, {name}", f"{key.batch / m.median:,.0f}"]
+        for key, found in groups(record.measurements, "data").items()
+        for name, m in found.items()
+    ]
+    return _markdown(["", "images/s"], rows)
+
+
+def tests_table(record: Record) -> str:
+    """What was tested on the machine."""
+    rows = [
+        [name, str(t.passed), str(len(t.failed)), str(t.skipped), "yes" if t.complete else "no"]
+        for name, t in record.tests.items()
+    ]
+    return _markdown(["", "passed", "failed", "skipped", "complete"], rows)
+
+
+def path_measured_table(record: Record) -> str:
+    """The steps of a kernel's path, as measured."""
+    rows = [
+        [name, _microseconds(m), _percent(m)]
+        for found in groups(record.measurements, "path").values()
+        for name, m in found.items()
+    ]
+    return _markdown(["", "us", "of floor"], rows)
+
+
+def _shown(record: CompileRecord) -> list[CompiledKernel]:
+    """The part of a compile record that pages show: sm_90, bfloat16, channels_last."""
+    wanted = ("sm_90", "bf16", "nhwc")
+    return [k for k in record.kernels if (k.target, k.dtype, k.layout) == wanted]
+
+
+def compile_table(record: CompileRecord) -> str:
+    """What the compiler made of the kernels."""
+    rows = [
+        [
+            f"{k.layer} {k.direction} `{k.kernel}`",
+            str(k.registers),
+            str(k.spilled_bytes),
+            f"{k.occupancy:.0%}",
+            f"{k.instructions_per_element:.4g}",
+            f"{k.predicted_us:.4g}",
+            k.bound,
+        ]
+        for k in _shown(record)
+        if k.stem != _PATH
+    ]
+    header = ["kernel", "registers", "spilled bytes", "occupancy", "instructions per element"]
+    return _markdown([*header, "predicted us", "bound by"], rows)
+
+
+def path_table(record: CompileRecord) -> str:
+    """The steps of a kernel's path, as compiled."""
+    rows = [
+        [
+            f"`{k.kernel}`",
+            f"{k.instructions['load_16_bytes']} + {k.instructions['load_narrower']}",
+            str(k.registers),
+            f"{k.instructions_per_element:.4g}",
+            f"{k.predicted_us:.4g}",
+            k.bound,
+        ]
+        for k in _shown(record)
+        if k.stem == _PATH
+    ]
+    header = ["step", "loads of 16 bytes + narrower", "registers", "instructions per element"]
+    return _markdown([*header, "predicted us", "bound by"], rows)
+
+
+_TABLES: dict[str, Callable[[Record], str]] = {
+    "machine": machine_table,
+    "tests": tests_table,
+    "ops": ops_table,
+    "network": network_table,
+    "vendor": vendor_table,
+    "data": data_table,
+    "path-measured": path_measured_table,
+}
+_COMPILE_TABLES: dict[str, Callable[[CompileRecord], str]] = {
+    "compile": compile_table,
+    "path": path_table,
+}
+
+
+def tables(record: Record | None) -> dict[str, str]:
+    """All tables by name; those of a GPU say so where there is no record."""
+    made = {name: table(record) if record else NOT_MEASURED for name, table in _TABLES.items()}
+    compiled = load(CompileRecord, COMPILE_RECORD)
+    return made | {name: table(compiled) for name, table in _COMPILE_TABLES.items()}
+
+
+def pages() -> list[Path]:
+    """README and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def rendered(page: str, made: dict[str, str]) -> str:
+    """The page with its tables replaced.
+
+    Raises:
+        KeyError: The page names a table that there is not.
+    """
+    return _BLOCK.sub(lambda found: f"{found[1]}\n{made[found[2]]}\n\n{found[3]}", page)
+
+
+def plot(record: Record, folder: Path) -> list[Path]:
+    """Bars of every op's time over its floor, and the convolutions under the roofline."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in (("ops", _draw_bars), ("roofline", _draw_roofline)):
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        draw(record, figure.subplots())
+        for suffix in ("svg", "png"):
+            written.append(folder / f"{name}.{suffix}")
+            figure.savefig(written[-1], metadata={"Date": None} if suffix == "svg" else None)
+    return written
+
+
+def _draw_bars(record: Record, axes: Any) -> None:
+    found = groups(record.measurements, "ops")
+    variants = list(dict.fromkeys(name for group in found.values() for name in group))
+    labels = [f"{key.layer} {key.direction} {key.dtype} {key.batch}" for key in found]
+    width = 0.8 / max(len(variants), 1)
+    for index, variant in enumerate(variants):
+        heights = [
+            1 / group[variant].floor_share if variant in group else math.nan
+            for group in found.values()
+        ]
+        places = [place + index * width for place in range(len(found))]
+        axes.bar(places, heights, width, label=variant)
+    axes.set_yscale("log")
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_ylabel(f"time over floor, {record.machine.gpu}")
+    axes.set_xticks(range(len(found)), labels, rotation=90)
+    axes.legend()
+
+
+def _draw_roofline(record: Record, axes: Any) -> None:
+    bandwidth = record.ceilings.copy_bytes_per_second
+    intensities = [2.0**power for power in range(3, 15)]
+    for dtype, rate in record.ceilings.matmul_flops_per_second.items():
+        roof = [min(rate, bandwidth * x) / 1e12 for x in intensities]
+        axes.plot(intensities, roof, label=f"limit, {dtype}")
+    timed = [m for m in record.measurements if m.seconds and m.flops and m.key.suite == "ops"]
+    for variant in dict.fromkeys(m.key.variant for m in timed):
+        chosen = [m for m in timed if m.key.variant == variant]
+        x = [m.flops / m.bytes for m in chosen]
+        y = [m.flops / m.median / 1e12 for m in chosen]
+        axes.plot(x, y, "o", label=variant)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOP per byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.legend()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("record", nargs="?", type=Path, help="default: the newest")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the newest is sought")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--short", action="store_true", help="one line per group")
+    action.add_argument("--write", action="store_true", help="refresh README and docs")
+    action.add_argument("--check", action="store_true", help="exit 1 if they differ")
+    parsed = parser.parse_args(arguments)
+    path = parsed.record or newest(parsed.results)
+    record = load(Record, path) if path else None
+    if parsed.short:
+        print(short(record) if record else NOT_MEASURED)
+        return 0
+    made = tables(record)
+    if not (parsed.write or parsed.check):
+        print("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()))
+        return 0
+    stale = _refresh(made, write=parsed.write)
+    if parsed.write and record:
+        print(*plot(record, PLOTS), sep="\n")
+    return 1 if stale and parsed.check else 0
+
+
+def _refresh(made: dict[str, str], write: bool) -> bool:
+    """Whether a page's tables differ from these; they are replaced if ``write``."""
+    stale = False
+    for page in pages():
+        text = page.read_text("utf-8")
+        fresh = rendered(text, made)
+        if fresh != text:
+            stale = True
+            did = "written" if write else "differs from the records"
+            print(f"{page.relative_to(ROOT)}: {did}")
+            if write:
+                page.write_text(fresh, "utf-8")
+    return stale

@@ -1,0 +1,123 @@
+"""The least work that each operation needs: the one table of FLOPs and bytes.
+
+Every input is read once and every result is written once, in the operation's dtype; what a
+backward needs is written by forward and read by backward. FLOPs are those of matrix products (two
+per multiply and add), zeros of the padding included; the rest never limits a GPU.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from bench.layers import CONVOLUTIONS, POOLS, Layer, output_size
+from bench.record import Ceilings
+
+# Bytes per parameter of one pass of SGD with float32 master weights and velocity: both read and
+# written, the gradient read and the network's weight written in the network's dtype.
+_MASTER_BYTES = 16
+
+FULLY_CONNECTED = {"fc6": (9216, 4096), "fc7": (4096, 4096), "fc8": (4096, 1000)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of matrix products, and bytes that cross the device memory's bus."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def floor_seconds(self, ceilings: Ceilings, dtype: str) -> float:
+        """The time that no implementation can beat on a machine with these limits."""
+        matmul = self.flops / ceilings.matmul_flops_per_second[dtype]
+        return max(matmul, self.bytes / ceilings.copy_bytes_per_second)
+
+
+def convolution(layer: Layer, direction: str, batch: int, itemsize: int) -> Work:
+    """Convolution, bias and ReLU. ``backward`` is both gradients behind the ReLU's mask.
+
+    The image's gradient is not needed by the first layer, which has 3 channels.
+    """
+    (channels, height, width), out, kernel, _, _, groups = layer
+    x, y = batch * channels * height * width, batch * out * prod(output_size(layer))
+    weight = out * channels // groups * kernel * kernel
+    flops = 2 * y * channels // groups * kernel * kernel
+    elements = {
+        "forward": x + weight + out + y,
+        "input_grad": y + weight + x,
+        "weight_grad": y + x + weight,
+    }
+    if direction != "backward":
+        return Work(flops, elements[direction] * itemsize)
+    needs_input = channels > 3
+    read, written = 2 * y + x + weight * needs_input, x * needs_input + weight + out
+    return Work(flops * (1 + needs_input), (read + written) * itemsize)
+
+
+def normalisation(shape: tuple[int, ...], direction: str, batch: int, itemsize: int) -> Work:
+    """Reads x, writes y; backward reads x and the gradient, writes one."""
+    return Work(0, {"forward": 2, "backward": 3}[direction] * batch * prod(shape) * itemsize)
+
+
+def pooling(shape: tuple[int, ...], batch: int, itemsize: int, training: bool = True) -> Work:
+    """3x3 with stride 2; in training one byte per output tells which tap won. Equal both ways."""
+    x, y = batch * prod(shape), batch * prod(pooled(shape))
+    return Work(0, (x + y) * itemsize + y * training)
+
+
+def normalisation_pooling(
+    shape: tuple[int, ...], direction: str, batch: int, itemsize: int, training: bool = True
+) -> Work:
+    """Both in one pass: what lies between them never reaches memory; backward reads x again."""
+    again = batch * prod(shape) * itemsize * (direction == "backward")
+    return pooling(shape, batch, itemsize, training) + Work(0, again)
+
+
+def pointwise(count: int, itemsize: int) -> Work:
+    """One read and one write of each element."""
+    return Work(0, 2 * count * itemsize)
+
+
+def linear(layer: tuple[int, int], batch: int, itemsize: int) -> Work:
+    """One matrix product of a fully connected layer; forward and both gradients are equal."""
+    inputs, outputs = layer
+    elements = batch * inputs + inputs * outputs + batch * outputs
+    return Work(2 * batch * inputs * outputs, elements * itemsize)
+
+
+def pooled(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[C, H, W] after 3x3 pooling with stride 2."""
+    return (shape[0], *((extent - 3) // 2 + 1 for extent in shape[1:]))
+
+
+def network(batch: int, itemsize: int, *, training: bool, response_norm: bool) -> list[Work]:
+    """The parts of the paper's network, fused as far as they can be; the floor is their sum.
+
+    Convolutions carry bias and ReLU, pooling carries the normalisation before it. Training adds
+    the backward parts and the optimizer, whose gradients have the network's dtype.
+    """
+    image = batch * prod(CONVOLUTIONS["conv1"][0])
+    parts = [Work(0, image * (4 + itemsize))]  # float32 images into the network's dtype
+    for direction in ("forward", "backward") if training else ("forward",):
+        parts += [convolution(c, direction, batch, itemsize) for c in CONVOLUTIONS.values()]
+        for number, shape in POOLS.items():
+            if response_norm and number != "5":
+                parts.append(normalisation_pooling(shape, direction, batch, itemsize, training))
+            else:
+                parts.append(pooling(shape, batch, itemsize, training))
+        products = 1 if direction == "forward" else 2
+        parts += [linear(fc, batch, itemsize) for fc in FULLY_CONNECTED.values()] * products
+    if training:
+        parts.append(Work(0, parameters() * (_MASTER_BYTES + 2 * itemsize)))
+    return parts
+
+
+def parameters() -> int:
+    """Weights and biases of the paper's network."""
+    convolutions = (
+        out * (shape[0] // groups * kernel * kernel + 1)
+        for shape, out, kernel, _, _, groups in CONVOLUTIONS.values()
+    )
+    connected = (outputs * (inputs + 1) for inputs, outputs in FULLY_CONNECTED.values())
+    return sum(convolutions) + sum(connected)

@@ -1,0 +1,92 @@
+"""Pages show what the records hold, and nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import report
+from bench.record import save
+from tests.records import measurement, record
+
+
+def test_pages_hold_the_newest_records_tables() -> None:
+    """What `python -m bench report --check` says in CI."""
+    assert report.main(["--check"]) == 0
+
+
+def test_a_page_that_differs_is_noticed_and_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Before\n<!-- table: ops -->\nold\n<!-- end of table -->\nafter\n")
+    path = tmp_path / "nvidia-h200" / "2026-01-02-abc.json"
+    save(record(measurement(), measurement("compile", seconds=[9e-6])), path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "PLOTS", tmp_path / "plots")
+    monkeypatch.setattr(report, "pages", lambda: [page])
+    results = f"--results={tmp_path}"
+    assert report.main(["--check", results]) == 1
+    assert "page.md: differs" in capsys.readouterr().out
+    assert "old" in page.read_text()
+    assert report.main(["--write", results]) == 0
+    text = page.read_text()
+    assert "old" not in text
+    assert text.startswith("# Before\n<!-- table: ops -->\n")
+    assert text.endswith("<!-- end of table -->\nafter\n")
+    assert "| pool1 forward, bf16, 128 | 2.0 ± 1.0 | - | - | 9.0 ± 0.0 | 1.0 | 50 % | 4.50x |" in (
+        text
+    )
+    assert report.main(["--check", results]) == 0
+
+
+def test_an_unknown_table_is_an_error() -> None:
+    with pytest.raises(KeyError, match="surprise"):
+        report.rendered("<!-- table: surprise -->\n<!-- end of table -->", {})
+
+
+def test_without_a_gpu_record_pages_say_so(tmp_path: Path) -> None:
+    made = report.tables(None)
+    assert made["ops"] == report.NOT_MEASURED
+    assert "lrn1" in made["compile"]
+
+
+def test_failures_and_losses_are_shown() -> None:
+    made = record(
+        measurement(seconds=[4e-6]),
+        measurement("eager_nchw", seconds=[2e-6]),
+        measurement("compile", seconds=[], failure="RuntimeError: no"),
+    )
+    table = report.ops_table(made)
+    assert "| 4.0 ± 0.0 | 2.0 ± 0.0 | - | failed | 1.0 | 25 % | 0.50x |" in table
+    assert "compile RuntimeError: no" in report.short(made)
+    assert "suite: 10 passed, 1 failed, 1 skipped" in report.short(made)
+
+
+def test_a_tuning_is_cut_to_the_fastest_and_the_wrong() -> None:
+    made = record(
+        measurement("shipped", seconds=[9e-6]),
+        *(measurement(f"config{i}", seconds=[i * 1e-6]) for i in range(8, 0, -1)),
+        measurement("bad", seconds=[], failure="AssertionError: wrong result"),
+        measurement("large", seconds=[], failure="OutOfResources: shared memory"),
+    )
+    line = report.short(made).splitlines()[-1]
+    names = re.findall(r"(shipped|config\d|bad|large) ", line)
+    assert names == ["shipped", "config1", "config2", "config3", "bad"]
+
+
+def test_plots_are_drawn_as_svg_and_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    made = record(
+        measurement(),
+        measurement("eager_nchw", seconds=[5e-6]),
+        measurement("compile", seconds=[], failure="RuntimeError: no"),
+        measurement("conv", seconds=[1e-5], flops=10**9, bytes=10**7),
+    )
+    written = report.plot(made, tmp_path)
+    assert {path.name for path in written} == {
+        f"{name}.{kind}" for name in ("ops", "roofline") for kind in ("svg", "png")
+    }
+    for path in written:
+        start = path.read_bytes()[:100]
+        assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<?xml" in start
