@@ -10,14 +10,15 @@ from torch import Tensor
 import alexkern.ops as ops
 from bench import work
 from bench.lab import Lab
-from bench.layers import CONVOLUTIONS, Layer, tiny
+from bench.layers import CONVOLUTIONS, Convolution, tiny_convolution
 from bench.operation import Subject
 
 
 def subject(name: str, trial: bool = False) -> Subject:
     """The layer of that name, or a small one of its kind."""
-    shape, channels, *geometry = CONVOLUTIONS[name]
-    layer = (tiny(shape), channels // 4, *geometry) if trial else CONVOLUTIONS[name]
+    layer = CONVOLUTIONS[name]
+    if trial:
+        layer = tiny_convolution(layer)
     return Subject(
         "conv2d_bias_relu",
         name,
@@ -29,24 +30,24 @@ def subject(name: str, trial: bool = False) -> Subject:
     )
 
 
-def _ours(layer: Layer, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    _, _, _, stride, padding, groups = layer
-    return ops.conv2d_bias_relu(x, w, b, stride, padding, 1, groups)
+def _ours(layer: Convolution, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return ops.conv2d_bias_relu(x, w, b, layer.stride, layer.padding, 1, layer.groups)
 
 
-def _convolution(layer: Layer, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    _, _, _, stride, padding, groups = layer
+def _convolution(layer: Convolution, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    padding = layer.padding
     if not isinstance(padding, int):  # padding with four sides is an op of its own
         x, padding = F.pad(x, padding), 0
-    return F.conv2d(x, w, b, stride, padding, 1, groups)
+    return F.conv2d(x, w, b, layer.stride, padding, 1, layer.groups)
 
 
-def _operands(layer: Layer, batch: int, randn: Callable[..., Tensor]) -> list[Tensor]:
-    shape, channels, kernel, _, _, groups = layer
-    group_in = shape[0] // groups
-    weight = randn(channels, group_in, kernel, kernel) / (group_in * kernel * kernel) ** 0.5
-    image = randn(batch, *shape).requires_grad_(shape[0] > 3)  # the first layer learns no image
-    return [image, weight.requires_grad_(), randn(channels).requires_grad_()]
+def _operands(layer: Convolution, batch: int, randn: Callable[..., Tensor]) -> list[Tensor]:
+    kernel, fan_in = layer.kernel, layer.group_in * layer.kernel**2
+    image = randn(batch, *layer.shape)
+    weight = randn(layer.channels, layer.group_in, kernel, kernel) / fan_in**0.5
+    bias = randn(layer.channels)
+    image.requires_grad_(layer.shape[0] > 3)  # the first layer learns no image
+    return [image, weight.requires_grad_(), bias.requires_grad_()]
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS)

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import work
 from bench.conftest import Compare
 from bench.lab import Lab, Variant
-from bench.layers import CONVOLUTIONS, Layer, tiny
+from bench.layers import CONVOLUTIONS, Convolution, tiny_convolution
 from bench.machine import DTYPES
 from bench.record import Key
 from bench.timing import Call, operand_sets
@@ -29,12 +29,13 @@ FULL_VARIANTS = ()
 _ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "tf32": 2.0**-11, "fp32": 2.0**-24}
 
 
-class _Convolution:
+class _Pass:
     """One pass of one layer on given operands, in one layout, grouped or split."""
 
-    def __init__(self, layer: Layer, direction: str, tensors: list[Tensor], split: bool) -> None:
-        _, _, _, stride, padding, groups = layer
-        parts = groups if split else 1
+    def __init__(
+        self, layer: Convolution, direction: str, tensors: list[Tensor], split: bool
+    ) -> None:
+        parts = layer.groups if split else 1
         image, weight, grad = tensors
         self._parts = list(
             zip(
@@ -45,20 +46,22 @@ class _Convolution:
             )
         )
         self._direction = direction
-        pads = [padding] * 2 if isinstance(padding, int) else [0, 0]  # others are padded before
-        self._geometry = [stride] * 2, pads, [1, 1], False, [0, 0], groups // parts
+        padding = layer.padding if isinstance(layer.padding, int) else 0  # others come padded
+        groups = layer.groups // parts
+        self._geometry = [layer.stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups
 
     def __call__(self) -> list[Tensor]:
         return [self._one(*part) for part in self._parts]
 
     def _one(self, image: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
         if self._direction == "forward":
-            return torch.ops.aten.convolution(image, weight, None, *self._geometry)  # type: ignore[no-any-return]
+            output: Tensor = torch.ops.aten.convolution(image, weight, None, *self._geometry)
+            return output
         wanted = [self._direction == "input_grad", self._direction == "weight_grad", False]
-        gradients = torch.ops.aten.convolution_backward(
+        gradients: list[Tensor] = torch.ops.aten.convolution_backward(
             grad, image, weight, None, *self._geometry, wanted
         )
-        return gradients[wanted.index(True)]  # type: ignore[no-any-return]
+        return gradients[wanted.index(True)]
 
 
 def _halves(tensor: Tensor, dimension: int, parts: int) -> list[Tensor]:
@@ -68,25 +71,24 @@ def _halves(tensor: Tensor, dimension: int, parts: int) -> list[Tensor]:
     return [part.clone(memory_format=layout) for part in tensor.chunk(parts, dimension)]
 
 
-def _operands(layer: Layer, batch: int, randn: Callable[..., Tensor]) -> list[Tensor]:
+def _operands(layer: Convolution, batch: int, randn: Callable[..., Tensor]) -> list[Tensor]:
     """Image (padded where cuDNN cannot), weight and output gradient."""
-    shape, channels, kernel, _, padding, groups = layer
-    group_in = shape[0] // groups
-    image = randn(batch, *shape)
-    if not isinstance(padding, int):
-        image = F.pad(image, padding)
-    weight = randn(channels, group_in, kernel, kernel) / (group_in * kernel * kernel) ** 0.5
-    return [image, weight, randn(batch, channels, *work.output_size(layer))]
+    kernel, fan_in = layer.kernel, layer.group_in * layer.kernel**2
+    image = randn(batch, *layer.shape)
+    if not isinstance(layer.padding, int):
+        image = F.pad(image, layer.padding)
+    weight = randn(layer.channels, layer.group_in, kernel, kernel) / fan_in**0.5
+    return [image, weight, randn(batch, layer.channels, *layer.output_size)]
 
 
 def _variants(
-    layer: Layer, direction: str, batch: int, dtype: str, lab: Lab, parts: work.Work
+    layer: Convolution, direction: str, batch: int, dtype: str, lab: Lab, parts: work.Work
 ) -> dict[str, Variant]:
     count = operand_sets(parts.bytes, lab.record.machine.l2_bytes)
     randn = partial(torch.randn, device=lab.device, dtype=DTYPES[dtype])
     sets = [_operands(layer, batch, randn) for _ in range(count)]
     axis = 0 if direction == "weight_grad" else 1
-    exact = _Convolution(layer, direction, [tensor.double() for tensor in sets[0]], False)
+    exact = _Pass(layer, direction, [tensor.double() for tensor in sets[0]], False)
     truth = exact()[0]
     length = parts.flops / (2 * truth.numel())  # of each sum
 
@@ -101,14 +103,14 @@ def _variants(
 
     def build(layout: torch.memory_format, split: bool) -> list[Call]:
         laid_out = [[tensor.to(memory_format=layout) for tensor in one] for one in sets]
-        return [_Convolution(layer, direction, tensors, split) for tensors in laid_out]
+        return [_Pass(layer, direction, tensors, split) for tensors in laid_out]
 
     layouts = (torch.contiguous_format, torch.channels_last)
     ways = product((False, True), layouts)
     return {
         name: Variant(partial(build, layout, split), error_ratio)
         for name, (split, layout) in zip(VARIANTS, ways, strict=True)
-        if layer[-1] > 1 or not split
+        if layer.groups > 1 or not split
     }
 
 
@@ -116,12 +118,13 @@ def _variants(
 def test_vendor_convolution(
     compare: Compare, lab: Lab, layer: str, direction: str, dtype: str, batch: int, variant: str
 ) -> None:
-    shape, channels, *geometry = CONVOLUTIONS[layer]
-    if direction == "input_grad" and shape[0] == 3:
+    sized = CONVOLUTIONS[layer]
+    if direction == "input_grad" and sized.shape[0] == 3:
         pytest.skip("the first layer learns no image")
-    if variant.endswith("split") and geometry[-1] == 1:
+    if variant.endswith("split") and sized.groups == 1:
         pytest.skip("not grouped")
-    sized: Layer = (tiny(shape), channels // 4, *geometry) if lab.trial else CONVOLUTIONS[layer]
+    if lab.trial:
+        sized = tiny_convolution(sized)
 
     def make() -> tuple[list[work.Work], dict[str, Variant]]:
         parts = work.convolution(sized, direction, batch, DTYPES[dtype].itemsize)

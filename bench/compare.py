@@ -19,7 +19,8 @@ _NOISE = 0.02
 def changes(old: Record, new: Record) -> tuple[list[str], list[str]]:
     """Lines for what became slower (or wrong), and for what became faster."""
     before = {m.key: m for m in old.measurements}
-    slower, faster = [], []
+    slower: list[str] = []
+    faster: list[str] = []
     for now in new.measurements:
         then = before.get(now.key)
         if then is None or not then.seconds:

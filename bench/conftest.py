@@ -87,7 +87,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     def named(name: str) -> Sequence[str]:
         return getattr(metafunc.module, name, getattr(operation, name))  # type: ignore[no-any-return]
 
-    values = {
+    values: dict[str, Sequence[Any]] = {
         "dtype": _TRIAL_DTYPES if trial else _ALL_DTYPES if full else _DTYPES,
         "batch": _TRIAL_BATCHES if trial else _ALL_BATCHES if full else _BATCHES,
         "direction": named("DIRECTIONS"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from bench import machine
 from bench.record import Key, Measurement, Record, save
@@ -106,7 +106,7 @@ class Lab:
             flops=sum(part.flops for part in parts),
             bytes=sum(part.bytes for part in parts),
             floor_seconds=sum(part.floor_seconds(ceilings, key.dtype) for part in parts),
-            tf32=torch.backends.cudnn.conv.fp32_precision == "tf32",
+            tf32=machine.tf32_allowed(),
         )
 
     def _prepare(self, variant: Variant, names: bool) -> tuple[Program, dict[str, Any]]:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,10 +66,10 @@ def clocks() -> Clocks | None:
     """The GPU's state now; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    *numbers, reasons = _nvidia_smi(
+    sm, memory, power, temperature, reasons = _nvidia_smi(
         "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active"
     )
-    return Clocks(*(_number(text) for text in numbers), reasons)
+    return Clocks(_number(sm), _number(memory), _number(power), _number(temperature), reasons)
 
 
 def _number(text: str) -> float:
@@ -93,7 +94,7 @@ def _nvidia_smi(*fields: str) -> list[str]:
 def precision(dtype: str) -> Iterator[None]:
     """float32 products in TF32 if ``dtype`` is ``"tf32"``, in full precision otherwise."""
     wanted = "tf32" if dtype == "tf32" else "ieee"
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    switches: tuple[Any, Any] = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = wanted
@@ -102,6 +103,12 @@ def precision(dtype: str) -> Iterator[None]:
     finally:
         for switch, value in zip(switches, before, strict=True):
             switch.fp32_precision = value
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 convolutions may use TF32 now."""
+    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return bool(switch.fp32_precision == "tf32")
 
 
 def ceilings(device: torch.device, dtypes: Sequence[str]) -> Ceilings:

@@ -43,7 +43,7 @@ def implementations(ours: Function, theirs: Function, trial: bool) -> dict[str, 
         trial: Skip torch.compile's code generation, which takes long on a CPU.
     """
     triton = partial(use_backend, "triton")
-    backend = {"backend": "aot_eager"} if trial else {}
+    backend: dict[str, Any] = {"backend": "aot_eager"} if trial else {}
     # the lab captures CUDA graphs itself, alike for all
     tuned = backend or {"mode": "max-autotune-no-cudagraphs"}
     return {

@@ -197,7 +197,7 @@ def load(kind: type[T], path: Path) -> T:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecordError(f"{path}: {error}") from error
-    record = decode(kind, content, str(path))
+    record: T = decode(kind, content, str(path))
     if content.get("format", FORMAT) != FORMAT:
         raise RecordError(f"{path}: format {content['format']}, this program reads {FORMAT}")
     return record

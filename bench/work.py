@@ -8,7 +8,7 @@ per multiply and add), zeros of the padding included; the rest never limits a GP
 from dataclasses import dataclass
 from math import prod
 
-from bench.layers import CONVOLUTIONS, POOLS, Layer, output_size
+from bench.layers import CONVOLUTIONS, POOLS, Convolution, Shape
 from bench.record import Ceilings
 
 # Bytes per parameter of one pass of SGD with float32 master weights and velocity: both read and
@@ -34,15 +34,14 @@ class Work:
         return max(matmul, self.bytes / ceilings.copy_bytes_per_second)
 
 
-def convolution(layer: Layer, direction: str, batch: int, itemsize: int) -> Work:
+def convolution(layer: Convolution, direction: str, batch: int, itemsize: int) -> Work:
     """Convolution, bias and ReLU. ``backward`` is both gradients behind the ReLU's mask.
 
     The image's gradient is not needed by the first layer, which has 3 channels.
     """
-    (channels, height, width), out, kernel, _, _, groups = layer
-    x, y = batch * channels * height * width, batch * out * prod(output_size(layer))
-    weight = out * channels // groups * kernel * kernel
-    flops = 2 * y * channels // groups * kernel * kernel
+    out, products = layer.channels, layer.group_in * layer.kernel**2
+    x, y = batch * prod(layer.shape), batch * out * prod(layer.output_size)
+    weight, flops = out * products, 2 * y * products
     elements = {
         "forward": x + weight + out + y,
         "input_grad": y + weight + x,
@@ -50,24 +49,24 @@ def convolution(layer: Layer, direction: str, batch: int, itemsize: int) -> Work
     }
     if direction != "backward":
         return Work(flops, elements[direction] * itemsize)
-    needs_input = channels > 3
+    needs_input = layer.shape[0] > 3
     read, written = 2 * y + x + weight * needs_input, x * needs_input + weight + out
     return Work(flops * (1 + needs_input), (read + written) * itemsize)
 
 
-def normalisation(shape: tuple[int, ...], direction: str, batch: int, itemsize: int) -> Work:
+def normalisation(shape: Shape, direction: str, batch: int, itemsize: int) -> Work:
     """Reads x, writes y; backward reads x and the gradient, writes one."""
     return Work(0, {"forward": 2, "backward": 3}[direction] * batch * prod(shape) * itemsize)
 
 
-def pooling(shape: tuple[int, ...], batch: int, itemsize: int, training: bool = True) -> Work:
+def pooling(shape: Shape, batch: int, itemsize: int, training: bool = True) -> Work:
     """3x3 with stride 2; in training one byte per output tells which tap won. Equal both ways."""
     x, y = batch * prod(shape), batch * prod(pooled(shape))
     return Work(0, (x + y) * itemsize + y * training)
 
 
 def normalisation_pooling(
-    shape: tuple[int, ...], direction: str, batch: int, itemsize: int, training: bool = True
+    shape: Shape, direction: str, batch: int, itemsize: int, training: bool = True
 ) -> Work:
     """Both in one pass: what lies between them never reaches memory; backward reads x again."""
     again = batch * prod(shape) * itemsize * (direction == "backward")
@@ -86,9 +85,10 @@ def linear(layer: tuple[int, int], batch: int, itemsize: int) -> Work:
     return Work(2 * batch * inputs * outputs, elements * itemsize)
 
 
-def pooled(shape: tuple[int, ...]) -> tuple[int, ...]:
+def pooled(shape: Shape) -> Shape:
     """[C, H, W] after 3x3 pooling with stride 2."""
-    return (shape[0], *((extent - 3) // 2 + 1 for extent in shape[1:]))
+    channels, height, width = shape
+    return channels, (height - 3) // 2 + 1, (width - 3) // 2 + 1
 
 
 def network(batch: int, itemsize: int, *, training: bool, response_norm: bool) -> list[Work]:
@@ -97,7 +97,7 @@ def network(batch: int, itemsize: int, *, training: bool, response_norm: bool) -
     Convolutions carry bias and ReLU, pooling carries the normalisation before it. Training adds
     the backward parts and the optimizer, whose gradients have the network's dtype.
     """
-    image = batch * prod(CONVOLUTIONS["conv1"][0])
+    image = batch * prod(CONVOLUTIONS["conv1"].shape)
     parts = [Work(0, image * (4 + itemsize))]  # float32 images into the network's dtype
     for direction in ("forward", "backward") if training else ("forward",):
         parts += [convolution(c, direction, batch, itemsize) for c in CONVOLUTIONS.values()]
@@ -115,9 +115,6 @@ def network(batch: int, itemsize: int, *, training: bool, response_norm: bool) -
 
 def parameters() -> int:
     """Weights and biases of the paper's network."""
-    convolutions = (
-        out * (shape[0] // groups * kernel * kernel + 1)
-        for shape, out, kernel, _, _, groups in CONVOLUTIONS.values()
-    )
+    convolutions = (c.channels * (c.group_in * c.kernel**2 + 1) for c in CONVOLUTIONS.values())
     connected = (outputs * (inputs + 1) for inputs, outputs in FULLY_CONNECTED.values())
     return sum(convolutions) + sum(connected)

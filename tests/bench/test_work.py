@@ -5,7 +5,7 @@ import torch
 
 from alexkern.models import alexnet
 from bench import work
-from bench.layers import CONVOLUTIONS, POOLS, output_size
+from bench.layers import CONVOLUTIONS, POOLS
 from bench.record import Ceilings
 
 H200 = Ceilings(4.3e12, {"bf16": 790e12, "tf32": 395e12})
@@ -65,11 +65,11 @@ def test_layers_are_those_of_the_model() -> None:
         model = alexnet("paper")
     assert work.parameters() == sum(p.numel() for p in model.parameters()) == 60_965_224
     for name, layer in CONVOLUTIONS.items():
-        shape, out, kernel, stride, _, groups = layer
         module = getattr(model, name)
-        assert tuple(module.weight.shape) == (out, shape[0] // groups, kernel, kernel)
-        assert module.stride == (stride, stride)
-    assert [output_size(layer) for layer in CONVOLUTIONS.values()] == [
+        kernel = (layer.kernel, layer.kernel)
+        assert tuple(module.weight.shape) == (layer.channels, layer.group_in, *kernel)
+        assert module.stride == (layer.stride, layer.stride)
+    assert [layer.output_size for layer in CONVOLUTIONS.values()] == [
         (size, size) for size in (55, 27, 13, 13, 13)
     ]
 
