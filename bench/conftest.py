@@ -107,14 +107,14 @@ def _names(arguments: str | Sequence[str]) -> Sequence[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Group variants in pytest-benchmark's tables; run the tuning if, and only if, asked for."""
     tuning = config.getoption("tune")
+    left_out = [item for item in items if tuning != (item.path.name == "bench_tune.py")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     for item in items:
         if "compare" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=_CLOCK, group=_group(item)))
             if config.pluginmanager.hasplugin("xdist"):  # a group is measured by one worker
                 item.add_marker(pytest.mark.xdist_group(_group(item)))
-        if tuning != (item.path.name == "bench_tune.py"):
-            reason = "tuning runs with --tune" if not tuning else "--tune runs the tuning only"
-            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _parameters(item: Any) -> dict[str, Any]:

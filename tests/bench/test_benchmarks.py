@@ -74,7 +74,8 @@ def test_everything_on_a_trial(tmp_path: Path) -> None:
     run = bench("bench", "--benchmark-only", "--trial", "--full", f"--results={tmp_path}")
     assert run.returncode == 0, run.stdout
     made = the_record(tmp_path)
-    assert {m.key.suite for m in made.measurements} == {"ops", "vendor", "network"}
+    suites = {"ops", "vendor", "network", "path", "data"}
+    assert {m.key.suite for m in made.measurements} == suites
     assert not [m for m in made.measurements if m.failure or not m.seconds]
 
 
