@@ -154,7 +154,7 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         if number in NORMALISED:
             yield f"lrn{number}", normalisation(BATCH, *shape)
         yield f"pool{number}", pooling(BATCH, *shape)
-    if (dtype, layout) == ("bf16", "nhwc"):
+    if layout == "nhwc" and dtype in ("bf16", "fp16"):
         for step in lrn_path.STEPS:
             image = tensor(BATCH, *POOLS["1"]).detach()
             yield "lrn1", partial(lrn_path.run, step, image)
