@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compile_record import CompiledKernel, CompileRecord
+from bench.layers import BATCH
 from bench.record import RESULTS, Key, Measurement, Record, load, newest
 
 ROOT = Path(__file__).parents[1]
@@ -96,24 +97,62 @@ def machine_table(record: Record) -> str:
     )
 
 
+_OP_VARIANTS = {
+    "alexkern": "alexkern",
+    "eager_nchw": "eager NCHW",
+    "eager_channels_last": "eager channels_last",
+    "compile": "torch.compile",
+}
+
+
 def ops_table(record: Record) -> str:
     """Each op and direction: the variants, the floor, and how the kernel stands to both."""
     rows = []
+    predicted = _predicted(record.machine.capability)
     for key, found in groups(record.measurements, "ops").items():
         ours = found.get("alexkern")
         others = [m.median for name, m in found.items() if name != "alexkern" and m.seconds]
-        names = ("alexkern", "eager_nchw", "eager_channels_last", "compile")
         rows.append(
             [
-                f"{key.layer} {key.direction}, {key.dtype}, {key.batch}",
-                *(_microseconds(found.get(name)) for name in names),
+                _name(key),
+                *(_microseconds(found.get(name)) for name in _OP_VARIANTS),
                 f"{1e6 * next(iter(found.values())).floor_seconds:.1f}",
+                predicted.get((key.layer, key.direction, key.dtype, key.batch), "-"),
                 _percent(ours),
                 f"{min(others) / ours.median:.2f}x" if ours and ours.seconds and others else "-",
             ]
         )
-    header = ["us per call", "alexkern", "eager NCHW", "eager channels_last", "torch.compile"]
-    return _markdown([*header, "floor", "of floor", "against the best other"], rows)
+    header = ["us per call", *_OP_VARIANTS.values(), "floor", "predicted"]
+    return _markdown([*header, "of floor", "against the best other"], rows)
+
+
+def memory_table(record: Record) -> str:
+    """The most memory that one call of each op holds beyond its operands."""
+    rows = [
+        [_name(key), *(_megabytes(found.get(name)) for name in _OP_VARIANTS)]
+        for key, found in groups(record.measurements, "ops").items()
+    ]
+    return _markdown(["peak MB", *_OP_VARIANTS.values()], rows)
+
+
+def _name(key: Key) -> str:
+    return f"{key.layer} {key.direction}, {key.dtype}, {key.batch}"
+
+
+def _predicted(target: str) -> dict[tuple[str, str, str, int], str]:
+    """Microseconds that the compile record predicts, by layer, direction, dtype and batch."""
+    sums: dict[tuple[str, str, str, int], float] = {}
+    for k in load(CompileRecord, COMPILE_RECORD).kernels:
+        if (k.target, k.layout) == (target, "nhwc") and k.stem != _PATH:
+            key = k.layer, k.direction, k.dtype, BATCH
+            sums[key] = sums.get(key, 0.0) + k.predicted_us
+    return {key: f"{microseconds:.1f}" for key, microseconds in sums.items()}
+
+
+def _megabytes(measurement: Measurement | None) -> str:
+    if measurement is None or measurement.peak_bytes is None:
+        return "-"
+    return f"{measurement.peak_bytes / 1e6:,.0f}"
 
 
 def _percent(measurement: Measurement | None) -> str:
@@ -126,9 +165,8 @@ def network_table(record: Record) -> str:
     for key, found in groups(record.measurements, "network").items():
         for name, m in found.items():
             rate = f"{key.batch / m.median:,.0f}" if m.seconds else m.failure or "-"
-            peak = "-" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:,.0f}"
             what = f"{key.layer} {key.direction}, {key.batch}: {name}"
-            rows.append([what, _microseconds(m), rate, peak, _percent(m)])
+            rows.append([what, _microseconds(m), rate, _megabytes(m), _percent(m)])
     return _markdown(["", "us", "images/s", "peak MB", "of floor"], rows)
 
 
@@ -160,6 +198,11 @@ def data_table(record: Record) -> str:
         for name, m in found.items()
     ]
     return _markdown(["", "images/s"], rows)
+
+
+def plots(record: Record) -> str:
+    """The plots that :func:`plot` draws of the record."""
+    return "\n".join(f"![{what}](plots/{name}.svg)" for name, (what, _) in _PLOTS.items())
 
 
 def tests_table(record: Record) -> str:
@@ -232,6 +275,8 @@ _TABLES: dict[str, Callable[[Record], str]] = {
     "machine": machine_table,
     "tests": tests_table,
     "ops": ops_table,
+    "memory": memory_table,
+    "plots": plots,
     "network": network_table,
     "vendor": vendor_table,
     "data": data_table,
@@ -265,12 +310,12 @@ def rendered(page: str, made: dict[str, str]) -> str:
 
 
 def plot(record: Record, folder: Path) -> list[Path]:
-    """Bars of every op's time over its floor, and the convolutions under the roofline."""
+    """Draw every plot, as SVG and PNG."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw in (("ops", _draw_bars), ("roofline", _draw_roofline)):
+    for name, (_, draw) in _PLOTS.items():
         figure = Figure(figsize=(9, 5), layout="constrained")
         draw(record, figure.subplots())
         for suffix in ("svg", "png"):
@@ -291,17 +336,18 @@ def _draw_bars(record: Record, axes: Any) -> None:
         ]
         places = [place + index * width for place in range(len(found))]
         axes.bar(places, heights, width, label=variant)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.axhline(1, color="black", linewidth=1)
     axes.set_ylabel(f"time over floor, {record.machine.gpu}")
     axes.set_xticks(range(len(found)), labels, rotation=90)
-    axes.legend()
+    axes.figure.legend(loc="outside upper center", ncols=len(variants))
 
 
 def _draw_roofline(record: Record, axes: Any) -> None:
     bandwidth = record.ceilings.copy_bytes_per_second
-    intensities = [2.0**power for power in range(3, 15)]
     for dtype, rate in record.ceilings.matmul_flops_per_second.items():
+        intensities = [8.0, rate / bandwidth, 8192.0]
         roof = [min(rate, bandwidth * x) / 1e12 for x in intensities]
         axes.plot(intensities, roof, label=f"limit, {dtype}")
     timed = [m for m in record.measurements if m.seconds and m.flops and m.key.suite == "ops"]
@@ -310,11 +356,19 @@ def _draw_roofline(record: Record, axes: Any) -> None:
         x = [m.flops / m.bytes for m in chosen]
         y = [m.flops / m.median / 1e12 for m in chosen]
         axes.plot(x, y, "o", label=variant)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("FLOP per byte")
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel(f"TFLOP/s, {record.machine.gpu}")
     axes.legend()
+
+
+_PLOTS = {
+    "ops": ("Time of each op over its floor", _draw_bars),
+    "roofline": ("Convolutions under the roofline", _draw_roofline),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,12 +1,14 @@
 """Pages show what the records hold, and nothing else."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
 from bench import report
-from bench.record import save
+from bench.compile_record import CompileRecord
+from bench.record import load, save
 from tests.records import measurement, record
 
 
@@ -34,9 +36,8 @@ def test_a_page_that_differs_is_noticed_and_mended(
     assert "old" not in text
     assert text.startswith("# Before\n<!-- table: ops -->\n")
     assert text.endswith("<!-- end of table -->\nafter\n")
-    assert "| pool1 forward, bf16, 128 | 2.0 ± 1.0 | - | - | 9.0 ± 0.0 | 1.0 | 50 % | 4.50x |" in (
-        text
-    )
+    row = "| pool1 forward, bf16, 128 | 2.0 ± 1.0 | - | - | 9.0 ± 0.0 | 1.0 | - | 50 % | 4.50x |"
+    assert row in text
     assert report.main(["--check", results]) == 0
 
 
@@ -58,9 +59,21 @@ def test_failures_and_losses_are_shown() -> None:
         measurement("compile", seconds=[], failure="RuntimeError: no"),
     )
     table = report.ops_table(made)
-    assert "| 4.0 ± 0.0 | 2.0 ± 0.0 | - | failed | 1.0 | 25 % | 0.50x |" in table
+    assert "| 4.0 ± 0.0 | 2.0 ± 0.0 | - | failed | 1.0 | - | 25 % | 0.50x |" in table
     assert "compile RuntimeError: no" in report.short(made)
     assert "suite: 10 passed, 1 failed, 1 skipped" in report.short(made)
+
+
+def test_the_prediction_stands_beside_the_measurement() -> None:
+    made = record(measurement())
+    made.machine = dataclasses.replace(made.machine, capability="sm_90")
+    (launch,) = (
+        k
+        for k in load(CompileRecord, report.COMPILE_RECORD).kernels
+        if (k.layer, k.direction) == ("pool1", "forward")
+        and (k.target, k.dtype, k.layout) == ("sm_90", "bf16", "nhwc")
+    )
+    assert f"| 1.0 | {launch.predicted_us:.1f} | 50 % |" in report.ops_table(made)
 
 
 def test_a_tuning_is_cut_to_the_fastest_and_the_wrong() -> None:
