@@ -39,24 +39,27 @@ class Program:
     """
 
     def __init__(self, calls: Sequence[Call], device: torch.device, graph: bool = True) -> None:
-        self._calls, self._device = calls, device
+        self._calls = calls
         self._graph: torch.cuda.CUDAGraph | None = None
         self.result: Any = None
         self.length = len(calls)
         self._run_calls()  # compiles, and lets libraries choose their algorithms
         if device.type == "cuda":
-            seconds = self._timed_run() / self.length
-            self.length *= max(1, round(_SAMPLE_SECONDS / (seconds * self.length)))
             if graph:
                 self._capture()
-        self.timing = "launches" if self._graph is None else "graph"
+            passes = max(1, round(_SAMPLE_SECONDS / self._seconds()))
+            if passes > 1:
+                self.length *= passes
+                if self._graph:
+                    self._capture()
+        self.timing = "graph" if self._graph else "launches"
 
     def run(self) -> None:
         """All calls, ``length`` of them."""
-        if self._graph is None:
-            self._run_calls()
-        else:
+        if self._graph:
             self._graph.replay()
+        else:
+            self._run_calls()
 
     def _run_calls(self) -> None:
         for index in range(self.length):
@@ -64,15 +67,17 @@ class Program:
             if index == 0:
                 self.result = result
 
-    def _timed_run(self) -> float:
+    def _seconds(self) -> float:
+        """Of the second of two runs."""
+        self.run()
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        self._run_calls()
+        self.run()
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        self._graph, graph = None, torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 self._run_calls()
