@@ -21,7 +21,8 @@ def subject(number: str, trial: bool = False) -> Subject:
         f"lrn{number}",
         lambda x: ops.local_response_norm(x, 5, 1e-4, 0.75, 2.0, "sum"),
         lambda x: F.local_response_norm(x, 5, 5e-4, 0.75, 2.0),  # PyTorch divides alpha by size
-        lambda batch, randn: [randn(batch, *shape).relu().requires_grad_()],
+        # grey levels' spread: with much smaller values the normalisation is a constant
+        lambda batch, randn: [(60 * randn(batch, *shape)).relu().requires_grad_()],
         partial(work.normalisation, shape),
     )
 

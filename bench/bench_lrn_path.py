@@ -17,8 +17,7 @@ DIRECTIONS = ("forward",)
 def test_lrn_path(compare: Compare, lab: Lab, dtype: str, batch: int) -> None:
     def make() -> tuple[list[Work], dict[str, Variant]]:
         subject = bench_lrn.subject("1", lab.trial)
-        l2_bytes = lab.record.machine.l2_bytes
-        made = Operation(subject, "forward", batch, DTYPES[dtype], lab.device, l2_bytes)
+        made = Operation(subject, "forward", batch, DTYPES[dtype], lab.device, lab.l2_bytes)
         ways = {step: Implementation(partial(lrn_path.run, step)) for step in lrn_path.STEPS}
         ways["eager_channels_last"] = Implementation(subject.theirs)
         return [made.work], {name: made.variant(way) for name, way in ways.items()}

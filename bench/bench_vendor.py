@@ -17,7 +17,7 @@ from bench import work
 from bench.conftest import Compare
 from bench.lab import Lab, Variant
 from bench.layers import CONVOLUTIONS, Convolution, tiny_convolution
-from bench.machine import DTYPES
+from bench.machine import DTYPES, without_cudnn
 from bench.record import Key
 from bench.timing import Call, operand_sets
 
@@ -84,12 +84,13 @@ def _operands(layer: Convolution, batch: int, randn: Callable[..., Tensor]) -> l
 def _variants(
     layer: Convolution, direction: str, batch: int, dtype: str, lab: Lab, parts: work.Work
 ) -> dict[str, Variant]:
-    count = operand_sets(parts.bytes, lab.record.machine.l2_bytes)
+    count = operand_sets(parts.bytes, lab.l2_bytes)
     randn = partial(torch.randn, device=lab.device, dtype=DTYPES[dtype])
     sets = [_operands(layer, batch, randn) for _ in range(count)]
     axis = 0 if direction == "weight_grad" else 1
     exact = _Pass(layer, direction, [tensor.double() for tensor in sets[0]], False)
-    truth = exact()[0]
+    with without_cudnn():
+        truth = exact()[0]
     length = parts.flops / (2 * truth.numel())  # of each sum
 
     def error_ratio(result: list[Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 from bench import machine, operation, report
-from bench.lab import Lab, Variant
+from bench.lab import DeviceLostError, Lab, Variant
 from bench.layers import BATCH
 from bench.machine import DTYPES
 from bench.operation import Operation, Subject
-from bench.record import FORMAT, RESULTS, Key, Measurement, Record
+from bench.record import FORMAT, RESULTS, Ceilings, Key, Measurement, Record
 from bench.work import Work
 
 NO_GPU = "no GPU: a time in Triton's interpreter says nothing about the kernel"
@@ -113,8 +114,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "compare" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=_CLOCK, group=_group(item)))
-            if config.pluginmanager.hasplugin("xdist"):  # a group is measured by one worker
-                item.add_marker(pytest.mark.xdist_group(_group(item)))
+            if config.pluginmanager.hasplugin("timeout"):  # one test measures a whole group
+                item.add_marker(pytest.mark.timeout(0))
 
 
 def _parameters(item: Any) -> dict[str, Any]:
@@ -137,44 +138,67 @@ def lab(request: pytest.FixtureRequest) -> Lab:
         device, dtypes = torch.device("cpu"), list(DTYPES)
     elif torch.cuda.is_available():
         device, dtypes = torch.device("cuda", 0), ["bf16", "tf32", *(["fp16"] if full else [])]
-        torch.backends.cudnn.benchmark = True  # cuDNN's own search for its fastest algorithm
     else:
         pytest.skip(NO_GPU)
     path = None
-    worker = hasattr(request.config, "workerinput")  # of a distributed run, which only checks
-    if (results or not trial) and not worker:
+    if timed and (results or not trial):
         record, path = machine.open_record(results or RESULTS, device, dtypes)
     else:
-        ceilings = machine.ceilings(device, dtypes)
+        none = Ceilings(math.inf, dict.fromkeys(DTYPES, math.inf))
+        ceilings = machine.ceilings(device, dtypes) if timed else none
         record = Record(FORMAT, "", "", machine.describe(), machine.settings(), ceilings)
     request.config.stash[_LAB] = Lab(device, record, path, timed)
     return request.config.stash[_LAB]
 
 
-Compare = Callable[[Key, Callable[[], tuple[Sequence[Work], Mapping[str, Variant]]]], None]
+Made = tuple[Sequence[Work], Mapping[str, Variant]]
+Compare = Callable[[Key, Callable[[], Made]], None]
+
+
+@pytest.fixture(scope="session")
+def made() -> Callable[[Key, Callable[[], Made]], Made]:
+    """Make a group's operands and truth once; to be called with its key and how to make it."""
+    last: dict[Key, Made | Exception] = {}
+
+    def once(group: Key, make: Callable[[], Made]) -> Made:
+        if group not in last:
+            last.clear()
+            try:
+                last[group] = make()
+            except Exception as error:
+                last[group] = error
+        found = last[group]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return once
 
 
 @pytest.fixture
-def compare(lab: Lab, benchmark: Any, request: Any, variant: str) -> Compare:
+def compare(lab: Lab, made: Any, benchmark: Any, request: Any, variant: str) -> Compare:
     """Measure a test's whole group once, and report the test's own variant of it.
 
     The group is all variants that this run selected, timed side by side by the first of its
-    tests. To be called with the group's key, and a function that makes the parts of its work and
-    its variants.
+    tests; without timing each test checks its own. To be called with the group's key, and a
+    function that makes the parts of its work and its variants.
     """
 
-    def run(group: Key, make: Callable[[], tuple[Sequence[Work], Mapping[str, Variant]]]) -> None:
+    def run(group: Key, make: Callable[[], Made]) -> None:
         key = dataclasses.replace(group, variant=variant)
         if key not in lab.measured:
-            parts, variants = make()
+            parts, variants = made(group, make)
             selected = {
                 item.callspec.params["variant"]
-                for item in request.session.items
+                for item in (request.session.items if lab.timed else [request.node])
                 if "compare" in getattr(item, "fixturenames", ())
                 and _group(item) == _group(request.node)
             }
             chosen = {name: v for name, v in variants.items() if name in selected}
-            lab.measure(group, parts, chosen, names=group.suite == "vendor")
+            try:
+                lab.measure(group, parts, chosen, names=group.suite == "vendor")
+            except DeviceLostError as error:
+                pytest.exit(f"the GPU is lost to this process: {error}", returncode=3)
         measurement = lab.measured[key]
         if measurement.failure:
             too_large = measurement.failure.startswith("OutOfResources")  # a tile, for this GPU
@@ -197,9 +221,8 @@ def compare_op(
     """Compare an op with its counterpart; to be called with the subject."""
 
     def run(subject: Subject) -> None:
-        def make() -> tuple[Sequence[Work], Mapping[str, Variant]]:
-            l2_bytes = lab.record.machine.l2_bytes
-            made = Operation(subject, direction, batch, DTYPES[dtype], lab.device, l2_bytes)
+        def make() -> Made:
+            made = Operation(subject, direction, batch, DTYPES[dtype], lab.device, lab.l2_bytes)
             ways = operation.implementations(subject.ours, subject.theirs, lab.trial)
             return [made.work], {name: made.variant(way) for name, way in ways.items()}
 

@@ -12,7 +12,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from bench import machine
 from bench.record import Key, Measurement, Record, save
-from bench.timing import Call, Program, sample, side_stream
+from bench.timing import Call, Program, captured, sample, side_stream
 from bench.work import Work
 
 
@@ -31,6 +31,10 @@ class Variant:
     graph: bool = True
 
 
+class DeviceLostError(Exception):
+    """An error left the GPU unusable for this process: nothing measured after it counts."""
+
+
 class Lab:
     """Measures on one device and keeps the record.
 
@@ -38,20 +42,25 @@ class Lab:
         device: Where everything runs.
         record: Filled with every measurement.
         path: Where the record is saved after each group; None keeps it in memory.
-        timed: False only checks results.
+        timed: False only checks results, without CUDA graphs.
     """
 
     def __init__(
         self, device: torch.device, record: Record, path: Path | None, timed: bool = True
     ) -> None:
         self.device, self.record, self.path = device, record, path
-        self._timed = timed
+        self.timed = timed
         self.measured: dict[Key, Measurement] = {}
 
     @property
     def trial(self) -> bool:
         """Whether this only tries the program, on a CPU, on layers made small."""
         return self.device.type != "cuda"
+
+    @property
+    def l2_bytes(self) -> int:
+        """The cache that calls shall find cold; 0 if nothing is timed."""
+        return self.record.machine.l2_bytes if self.timed else 0
 
     def measure(
         self,
@@ -69,6 +78,9 @@ class Lab:
             parts: The least that a call must do, one part after the other.
             variants: By name.
             names: Whether to look up the names of a call's kernels.
+
+        Raises:
+            DeviceLostError: Nothing of this group is recorded.
         """
         torch.compiler.reset()
         with side_stream(self.device), machine.precision(group.dtype):
@@ -77,12 +89,18 @@ class Lab:
             for name, variant in variants.items():
                 blank = self._blank(dataclasses.replace(group, variant=name), parts)
                 try:
-                    programs[name], facts = self._prepare(variant, names)
+                    program, facts = self._prepare(variant, names)
+                    if self.timed:
+                        programs[name] = program
                 except Exception as error:
                     facts = {"failure": _first_line(error)}
+                    self._check_device(error)
                 found[name] = dataclasses.replace(blank, **facts)
-            if self._timed:
-                self._time(programs, found)
+            if self.timed:
+                try:
+                    self._time(programs, found)
+                except Exception as error:
+                    raise DeviceLostError(_first_line(error)) from error
         del programs
         self._keep(list(found.values()))
 
@@ -114,7 +132,7 @@ class Lab:
         calls = variant.build()
         calls[0]()
         peak = self._peak_bytes(calls[0])
-        program = Program(calls, self.device, variant.graph)
+        program = Program(calls, self.device, variant.graph and self.timed)
         program.run()
         ratio = variant.error_ratio(program.result)
         if not ratio <= 1:
@@ -127,6 +145,17 @@ class Lab:
             "kernels": _kernel_names(calls[0], self.device) if names else [],
         }
         return program, facts
+
+    def _check_device(self, error: Exception) -> None:
+        """Whether work and captures still go through after an error."""
+        if self.trial:
+            return
+        try:
+            captured(lambda: torch.randn(1, device=self.device))
+            torch.randn(1, device=self.device)
+            torch.cuda.synchronize()
+        except Exception as second:
+            raise DeviceLostError(_first_line(error)) from second
 
     def _time(self, programs: Mapping[str, Program], found: dict[str, Measurement]) -> None:
         rounds = {"rounds": 3} if self.trial else {}

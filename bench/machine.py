@@ -94,15 +94,29 @@ def _nvidia_smi(*fields: str) -> list[str]:
 def precision(dtype: str) -> Iterator[None]:
     """float32 products in TF32 if ``dtype`` is ``"tf32"``, in full precision otherwise."""
     wanted = "tf32" if dtype == "tf32" else "ieee"
-    switches: tuple[Any, Any] = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = wanted
+    convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolution.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    _set_precision(wanted, wanted)
     try:
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+        _set_precision(*before)
+
+
+def _set_precision(convolution: str, matmul: str) -> None:
+    torch.backends.cudnn.conv.fp32_precision = convolution  # type: ignore[attr-defined]
+    # Inductor asks by the name of before, and raises if the new one was used.
+    torch.set_float32_matmul_precision("high" if matmul == "tf32" else "highest")
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """For float64 truths: nothing to search for, and not the library that is measured."""
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = True
 
 
 def tf32_allowed() -> bool:
@@ -167,11 +181,12 @@ def folder_name(machine: Machine) -> str:
 def open_record(results: Path, device: torch.device, dtypes: Sequence[str]) -> tuple[Record, Path]:
     """The record of this machine, commit and day in ``results``: that of an earlier run, or new.
 
-    Its ceilings are measured now.
+    Its ceilings are measured now. Sets torch's switches as all benchmarks want them.
 
     Raises:
         RecordError: The file is there and is no record, or was made with other versions.
     """
+    torch.backends.cudnn.benchmark = True  # cuDNN searches for its fastest algorithm
     machine, date = describe(), datetime.date.today().isoformat()
     path = results / folder_name(machine) / f"{date}-{commit()}.json"
     record = Record(FORMAT, date, commit(), machine, settings(), ceilings(device, dtypes))

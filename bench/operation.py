@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alexkern import use_backend
 from bench.lab import Variant
+from bench.machine import without_cudnn
 from bench.timing import Call, operand_sets
 from bench.work import Work
 
@@ -90,7 +91,8 @@ class Operation:
 
     The truth is float64, and the rule that of the tests: for the output or each gradient, the
     largest and the RMS error are at most twice those of PyTorch's own op on the same operands (in
-    the layout where they are larger), plus the rounding of the largest value to the dtype.
+    the layout where they are larger), plus the rounding of the largest, or RMS, value to the
+    dtype.
 
     Args:
         subject: The op.
@@ -119,7 +121,7 @@ class Operation:
             output = subject.theirs(*self._operands[0])
         self._grads = [torch.randn_like(output) for _ in sets]
         if subject.before_relu:
-            with torch.no_grad():
+            with torch.no_grad(), without_cudnn():
                 sums = subject.before_relu(*(operand.double() for operand in self._operands[0]))
             self._grads[0].masked_fill_(sums.abs() < _NEAR_ZERO * _rms(sums), 0.0)
         self._truths: list[tuple[Tensor, Tensor, Tensor]] | None = None
@@ -148,7 +150,7 @@ class Operation:
         truths, *own = (
             [result] if isinstance(result := self._call(way, 0, dtype)(), Tensor) else result
             for way, dtype in (
-                (Implementation(theirs), torch.float64),
+                (Implementation(theirs, context=without_cudnn), torch.float64),
                 (Implementation(theirs), None),
                 (Implementation(theirs, channels_last=False), None),
             )
@@ -156,10 +158,11 @@ class Operation:
         found = []
         for truth, *values in zip(truths, *own, strict=True):
             errors = [(value - truth).detach() for value in values]
-            rounding = torch.finfo(values[0].dtype).eps * truth.detach().abs().max()
+            exact, eps = truth.detach(), torch.finfo(values[0].dtype).eps
             largest = torch.stack([error.abs().max() for error in errors]).max()
             rms = torch.stack([_rms(error) for error in errors]).max()
-            found.append((truth.detach(), 2 * largest + rounding, 2 * rms + rounding))
+            allowed = 2 * largest + eps * exact.abs().max(), 2 * rms + eps * _rms(exact)
+            found.append((exact, *allowed))
         return found
 
     def _build(self, implementation: Implementation) -> list[Call]:

@@ -241,7 +241,7 @@ def _one_line_each(content: dict[str, Any]) -> str:
     """JSON with a line per item of the outermost lists, so that changes read well in a diff."""
     parts = []
     for name, value in content.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             items = ",\n".join("    " + json.dumps(item) for item in value)
             parts.append(f"  {json.dumps(name)}: [\n{items}\n  ]")
         else:

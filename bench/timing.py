@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-# A sample lasts at least this long, so that what surrounds it (an event's resolution of half a
-# microsecond, a graph's launch of some microseconds) stays below one percent of it.
-_SAMPLE_SECONDS = 2e-3
+# A sample lasts at least this long, so that what surrounds it stays below one percent of it: of a
+# graph an event's resolution of half a microsecond, of launches the lead that the host has to
+# win first from a GPU that waits for it.
+_SAMPLE_SECONDS = {"graph": 2e-3, "launches": 20e-3}
 # Clocks settle before the first sample.
 _WARM_SECONDS = 0.2
 ROUNDS = 40
@@ -24,8 +25,9 @@ Call = Callable[[], Any]
 class Program:
     """The calls of one variant, repeated until they last long enough to be timed.
 
-    On a GPU they are captured in a CUDA graph, whose replays have no host in them; calls that
-    cannot be captured run from Python. Built and run inside :func:`side_stream`.
+    On a GPU they are captured in a CUDA graph, whose replays have no host in them. The results of
+    one round of the calls stay alive, so that the next call does not write where the last one did,
+    in the cache. Built and run inside :func:`side_stream`.
 
     Args:
         calls: One per set of operands; each does the same work.
@@ -34,25 +36,32 @@ class Program:
 
     Attributes:
         length: Calls per run.
-        result: What the first call gave in the last run.
         timing: ``"graph"`` or ``"launches"``.
+
+    Raises:
+        Exception: What a call raises, or RuntimeError if the calls cannot be captured.
     """
 
     def __init__(self, calls: Sequence[Call], device: torch.device, graph: bool = True) -> None:
-        self._calls = calls
+        self._calls, self._results = calls, [None] * len(calls)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self.result: Any = None
         self.length = len(calls)
+        captured = graph and device.type == "cuda"
+        self.timing = "graph" if captured else "launches"
         self._run_calls()  # compiles, and lets libraries choose their algorithms
+        if captured:
+            self._capture()
         if device.type == "cuda":
-            if graph:
-                self._capture()
-            passes = max(1, round(_SAMPLE_SECONDS / self._seconds()))
+            passes = round(_SAMPLE_SECONDS[self.timing] / self._seconds())
             if passes > 1:
                 self.length *= passes
-                if self._graph:
+                if captured:
                     self._capture()
-        self.timing = "graph" if self._graph else "launches"
+
+    @property
+    def result(self) -> Any:
+        """What the first call, or its last repetition, gave in the last run."""
+        return self._results[0]
 
     def run(self) -> None:
         """All calls, ``length`` of them."""
@@ -63,9 +72,8 @@ class Program:
 
     def _run_calls(self) -> None:
         for index in range(self.length):
-            result = self._calls[index % len(self._calls)]()
-            if index == 0:
-                self.result = result
+            index %= len(self._calls)
+            self._results[index] = self._calls[index]()
 
     def _seconds(self) -> float:
         """Of the second of two runs."""
@@ -77,14 +85,22 @@ class Program:
         return time.perf_counter() - begin
 
     def _capture(self) -> None:
-        self._graph, graph = None, torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                self._run_calls()
-        except RuntimeError:
-            torch.cuda.synchronize()
-            return
-        self._graph = graph
+        self._graph = None  # and its memory
+        self._graph = captured(self._run_calls)
+
+
+def captured(work: Call) -> torch.cuda.CUDAGraph:
+    """The work as a CUDA graph of the current stream.
+
+    The graph owns cuBLAS's workspace: another one may be freed by whoever captures next
+    (max-autotune's graphs do), and replays would write to it all the same.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch._C._cuda_clearCublasWorkspaces()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        work()
+    torch._C._cuda_clearCublasWorkspaces()
+    return graph
 
 
 def sample(
@@ -111,9 +127,13 @@ def _one_round(
     if device.type != "cuda":
         return [(name, _host_seconds(programs[name].run)) for name in order]
     events = []
+    idle = True
     for name in order:
         if programs[name].timing == "launches":
             torch.cuda.synchronize()  # the work queued before would hide its launches
+        elif idle:
+            programs[name].run()  # or the first event would wait for the graph's launch
+        idle = False
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         programs[name].run()
@@ -149,6 +169,6 @@ def side_stream(device: torch.device) -> Iterator[None]:
 def operand_sets(bytes_per_call: int, l2_bytes: int) -> int:
     """How many sets of operands to rotate so that each call finds a cold L2 cache.
 
-    Between two uses of a set, four times the cache passes through it.
+    Between two uses of a set, four times the cache passes through it, results included.
     """
     return max(1, -(-4 * l2_bytes // max(bytes_per_call, 1)))

@@ -113,8 +113,14 @@ def network(batch: int, itemsize: int, *, training: bool, response_norm: bool) -
     return parts
 
 
+def fan_in() -> list[int]:
+    """Inputs of a unit in each of the paper's eight layers."""
+    convolutions = [c.group_in * c.kernel**2 for c in CONVOLUTIONS.values()]
+    return convolutions + [inputs for inputs, _ in FULLY_CONNECTED.values()]
+
+
 def parameters() -> int:
     """Weights and biases of the paper's network."""
-    convolutions = (c.channels * (c.group_in * c.kernel**2 + 1) for c in CONVOLUTIONS.values())
-    connected = (outputs * (inputs + 1) for inputs, outputs in FULLY_CONNECTED.values())
-    return sum(convolutions) + sum(connected)
+    units = [c.channels for c in CONVOLUTIONS.values()]
+    units += [outputs for _, outputs in FULLY_CONNECTED.values()]
+    return sum(out * (inputs + 1) for out, inputs in zip(units, fan_in(), strict=True))

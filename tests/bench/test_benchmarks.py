@@ -58,12 +58,16 @@ def test_only_what_was_selected_is_measured_and_a_record_grows(tmp_path: Path) -
 
 def test_tuning_checks_candidates(tmp_path: Path) -> None:
     selection = "-kpool5 and forward and (shipped or 1024-1-4)"
-    arguments = ("bench/bench_tune.py", "--trial", "--tune", f"--results={tmp_path}", selection)
-    run = bench(*arguments, "--benchmark-disable")
+    arguments = ("bench/bench_tune.py", "--trial", "--tune", selection)
+    outcomes = ("-p", "bench.outcomes", "--outcomes", "configurations", str(tmp_path))
+    run = bench(*arguments, "--benchmark-disable", *outcomes)
     assert run.returncode == 0, run.stdout
-    assert [(m.key.variant, m.seconds) for m in the_record(tmp_path).measurements] == [
-        ("shipped", []),
-        ("1024-1-4", []),
+    assert the_record(tmp_path).tests["configurations"].passed == 2
+    run = bench(*arguments, "--benchmark-only", f"--results={tmp_path}")
+    assert run.returncode == 0, run.stdout
+    assert [(m.key.variant, len(m.seconds)) for m in the_record(tmp_path).measurements] == [
+        ("shipped", 3),
+        ("1024-1-4", 3),
     ]
 
 
@@ -91,8 +95,9 @@ def test_the_borrowed_gpu_script_ends_with_a_table_and_leaves_a_record(tmp_path:
         env={**os.environ, **environment},
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert {m.key.suite for m in the_record(tmp_path).measurements} == {"ops", "network"}
-    assert run.stdout.splitlines()[-1].startswith("paper inference bf16 2: ")
+    suites = {"ops", "path", "network"}
+    assert {m.key.suite for m in the_record(tmp_path).measurements} == suites
+    assert run.stdout.splitlines()[-1].startswith("conv5 backward fp32 2: alexkern ")
 
 
 def test_outcome_of_a_test_run_is_kept(tmp_path: Path) -> None:

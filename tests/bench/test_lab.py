@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import bench_conv, bench_dropout, bench_lrn, bench_pool, machine
-from bench.lab import Lab, Variant
+from bench.lab import DeviceLostError, Lab, Variant
 from bench.ladder import INFERENCE, TRAINING, Ladder
 from bench.operation import Operation, implementations
 from bench.record import Key, Record, load
@@ -155,13 +155,24 @@ def test_ladder_notices_a_network_that_is_not_the_same(
     assert ratio() > 1
 
 
+def test_what_a_training_step_leaves_is_looked_at(lab: Lab) -> None:
+    rung = Ladder("paper", True, 2, lab).variants()["eager"]
+    (step,) = rung.build()
+    assert rung.error_ratio(step()) <= 1
+    step()
+    assert rung.error_ratio(torch.tensor(float("nan"))) > 1
+    loss = step()
+    for parameter in step.__self__._network.parameters():
+        parameter.grad.mul_(1e-3)
+    assert rung.error_ratio(loss) > 1
+
+
 def test_weights_stay_while_training_is_timed(lab: Lab) -> None:
-    rungs = Ladder("no_lrn", True, 2, lab).variants()
-    (step,) = rungs["eager"].build()
-    before = rungs["eager"].error_ratio(step())
+    (step,) = Ladder("no_lrn", True, 2, lab).variants()["eager"].build()
+    weights = [parameter.detach().clone() for parameter in step.__self__._network.parameters()]
     for _ in range(3):
         step()
-    assert rungs["eager"].error_ratio(None) == pytest.approx(before, rel=1e-3)
+    assert all(map(torch.equal, weights, step.__self__._network.parameters()))
 
 
 def test_dropout_must_keep_half() -> None:
@@ -175,9 +186,45 @@ def test_dropout_must_keep_half() -> None:
 
 
 def test_precision_is_put_back() -> None:
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [switch.fp32_precision for switch in switches]
-    for dtype, wanted in (("tf32", "tf32"), ("bf16", "ieee")):
+    def allowed() -> tuple[bool, bool]:
+        assert torch.get_float32_matmul_precision()  # raises if set by two names at odds
+        switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        return tuple(switch.fp32_precision == "tf32" for switch in switches)
+
+    before = allowed()
+    for dtype, wanted in (("tf32", True), ("bf16", False)):
         with machine.precision(dtype):
-            assert [switch.fp32_precision for switch in switches] == [wanted] * 2
-    assert [switch.fp32_precision for switch in switches] == before
+            assert allowed() == (wanted, wanted)
+            assert machine.tf32_allowed() == wanted
+    assert allowed() == before
+
+
+def test_lrn_s_check_sees_the_normalisation() -> None:
+    """A constant in its place, and a backward without the neighbours, are wrong."""
+    subject = bench_lrn.subject("1", True)
+    way = implementations(subject.ours, subject.theirs, True)["eager_nchw"]
+    constant = dataclasses.replace(way, function=lambda x: x * 2**-0.75)
+    detached = dataclasses.replace(
+        way, function=lambda x: x * (subject.theirs(x) / x.clamp_min(1e-3)).detach()
+    )
+    for direction, wrong in (("forward", [constant]), ("backward", [constant, detached])):
+        made = Operation(subject, direction, 2, torch.float32, CPU, 0)
+        assert made.error_ratio(made.variant(way).build()[0]()) <= 1
+        for broken in wrong:
+            ratio = made.error_ratio(made.variant(broken).build()[0]())
+            assert ratio > 1000  # in float32; in bfloat16 some 2**16 times less is allowed for
+
+
+def test_an_error_that_spoils_the_device_ends_the_group_unrecorded(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> list[Any]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def lost(error: Exception) -> None:
+        raise DeviceLostError(str(error))
+
+    monkeypatch.setattr(lab, "_check_device", lost)
+    with pytest.raises(DeviceLostError, match="illegal"):
+        lab.measure(GROUP, [Work(0, 1)], {"a": Variant(broken, lambda _: 0.0)})
+    assert not lab.record.measurements
