@@ -1,7 +1,7 @@
-"""What cuDNN does with the paper's convolutions: every pass, layout and way of grouping.
+"""What cuDNN does with the paper's convolutions: `pytest bench/ --vendor`.
 
-A grouped convolution is measured as such, and as one plain convolution per group on contiguous
-halves. The kernels' names go into the record. Bias and ReLU are left out.
+Every pass and layout. A grouped convolution is measured as such, and as one plain convolution per
+group on contiguous halves. The kernels' names go into the record. Bias and ReLU are left out.
 """
 
 from collections.abc import Callable

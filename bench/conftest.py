@@ -45,6 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tune", action="store_true", help="only: every candidate configuration of each kernel"
     )
     group.addoption(
+        "--vendor", action="store_true", help="only: cuDNN's convolutions, and their kernels"
+    )
+    group.addoption(
         "--trial",
         action="store_true",
         help="try the benchmarks on a CPU with tiny layers; their times mean nothing",
@@ -106,9 +109,13 @@ def _names(arguments: str | Sequence[str]) -> Sequence[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group variants in pytest-benchmark's tables; run the tuning if, and only if, asked for."""
-    tuning = config.getoption("tune")
-    left_out = [item for item in items if tuning != (item.path.name == "bench_tune.py")]
+    """Group variants in pytest-benchmark's tables; keep what --tune or --vendor asks for."""
+    apart = {
+        "bench_tune.py": config.getoption("tune"),
+        "bench_vendor.py": config.getoption("vendor"),
+    }
+    default = not any(apart.values())
+    left_out = [item for item in items if not apart.get(item.path.name, default)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
     for item in items:
