@@ -84,25 +84,29 @@ class Lab:
         """
         torch.compiler.reset()
         with side_stream(self.device), machine.precision(group.dtype):
-            programs: dict[str, Program] = {}
-            found: dict[str, Measurement] = {}
-            for name, variant in variants.items():
-                blank = self._blank(dataclasses.replace(group, variant=name), parts)
-                try:
-                    program, facts = self._prepare(variant, names)
-                    if self.timed:
-                        programs[name] = program
-                except Exception as error:
-                    facts = {"failure": _first_line(error)}
-                    self._check_device(error)
-                found[name] = dataclasses.replace(blank, **facts)
-            if self.timed:
-                try:
-                    self._time(programs, found)
-                except Exception as error:
-                    raise DeviceLostError(_first_line(error)) from error
-        del programs
-        self._keep(list(found.values()))
+            measurements = self._measurements(group, parts, variants, names)
+        self._keep(measurements)  # once the programs and their memory are gone
+
+    def _measurements(
+        self, group: Key, parts: Sequence[Work], variants: Mapping[str, Variant], names: bool
+    ) -> list[Measurement]:
+        programs: dict[str, Program] = {}
+        found: dict[str, Measurement] = {}
+        for name, variant in variants.items():
+            blank = self._blank(dataclasses.replace(group, variant=name), parts)
+            try:
+                program, facts = self._prepare(variant, names)
+                if self.timed:
+                    programs[name] = program
+            except Exception as error:
+                facts = {"failure": _first_line(error)}
+                self._check_device(error)
+            found[name] = dataclasses.replace(blank, **facts)
+        try:
+            self._time(programs, found)
+        except Exception as error:
+            raise DeviceLostError(_first_line(error)) from error
+        return list(found.values())
 
     def keep_host(self, key: Key, seconds: list[float]) -> None:
         """Record times that were taken on the host by someone else."""

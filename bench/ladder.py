@@ -109,7 +109,7 @@ class Runner:
         layout = torch.channels_last if rung.channels_last else torch.contiguous_format
         self._images, self._labels = images.to(memory_format=layout), labels
         self._network: nn.Module = plain(model) if rung.backend is None else model
-        self._network.to(memory_format=layout)  # type: ignore[call-overload]
+        self._network.to(images.device, memory_format=layout)  # type: ignore[call-overload]
         if rung.precision == "bf16" and self._gpu:  # a CPU lacks some of PyTorch's ops in bf16
             self._network.bfloat16()
             self._images = self._images.bfloat16()
