@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.compile_record import CompiledKernel, CompileRecord
 from bench.layers import BATCH
-from bench.record import RESULTS, Key, Measurement, Record, load, newest
+from bench.record import RESULTS, Key, Measurement, Record, RecordError, load, newest
 
 ROOT = Path(__file__).parents[1]
 PLOTS = ROOT / "docs" / "plots"
@@ -391,6 +391,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (parsed.write or parsed.check):
         print("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()))
         return 0
+    if record and not record.machine.gpu:
+        raise RecordError(f"{path}: made without a GPU, so its times are not for the pages")
     stale = _refresh(made, write=parsed.write)
     if parsed.write and record:
         print(*plot(record, PLOTS), sep="\n")

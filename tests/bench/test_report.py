@@ -8,7 +8,7 @@ import pytest
 
 from bench import report
 from bench.compile_record import CompileRecord
-from bench.record import load, save
+from bench.record import RecordError, load, save
 from tests.records import measurement, record
 
 
@@ -39,6 +39,14 @@ def test_a_page_that_differs_is_noticed_and_mended(
     row = "| pool1 forward, bf16, 128 | 2.0 ± 1.0 | - | - | 9.0 ± 0.0 | 1.0 | - | 50 % | 4.50x |"
     assert row in text
     assert report.main(["--check", results]) == 0
+
+
+def test_a_trial_s_times_do_not_get_into_pages(tmp_path: Path) -> None:
+    made = record(measurement())
+    made.machine = dataclasses.replace(made.machine, gpu="")
+    save(made, tmp_path / "cpu" / "2026-01-02-abc.json")
+    with pytest.raises(RecordError, match="without a GPU"):
+        report.main(["--write", f"--results={tmp_path}"])
 
 
 def test_an_unknown_table_is_an_error() -> None:
