@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import timing
+from bench import compare, machine, report, timing
 from bench.timing import Program, operand_sets, sample
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -148,6 +148,17 @@ def test_variants_take_turns_and_each_goes_first() -> None:
     order.clear()
     sample(programs, CPU, rounds=3)
     assert "".join(order) == "abcbcacab"
+
+
+def test_the_page_s_figures() -> None:
+    """Those of docs/benchmarks.md."""
+    text = " ".join((report.ROOT / "docs" / "benchmarks.md").read_text("utf-8").split())
+    graph, launches = (1e3 * timing._SAMPLE_SECONDS[kind] for kind in ("graph", "launches"))
+    assert f"{timing.ROUNDS} samples** of {graph:.0f} ms each, {launches:.0f} ms of" in text
+    assert f"after {timing._WARM_SECONDS} s that let the clocks settle" in text
+    assert f"a copy of {machine._COPY_BYTES >> 30} GiB" in text
+    assert f"{machine._MATMUL_SIZE}x{machine._MATMUL_SIZE} matrices" in text
+    assert f"differ by more than {100 * compare._NOISE:.0f} %" in text
 
 
 def test_no_programs_no_samples() -> None:
