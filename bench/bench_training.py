@@ -10,10 +10,10 @@ from bench.work import Work, network
 
 # max-autotune takes minutes to compile: once
 CASES = [
-    (network, rung)
-    for network in NETWORKS
+    (layer, rung)
+    for layer in NETWORKS
     for rung in TRAINING
-    if (network, rung) != ("no_lrn", "compile_max_autotune")
+    if (layer, rung) != ("no_lrn", "compile_max_autotune")
 ]
 
 

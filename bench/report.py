@@ -171,7 +171,10 @@ def network_table(record: Record) -> str:
 
 
 def vendor_table(record: Record) -> str:
-    """Every pass in cuDNN: each way's rate, and the kernel that the fastest ran."""
+    """Every pass in cuDNN: each way's rate, and of the fastest the kernel of the longest name.
+
+    That is the convolution's own: those beside it only convert or add.
+    """
     rows = []
     names = ("nchw", "channels_last", "nchw_split", "channels_last_split")
     for key, found in groups(record.measurements, "vendor").items():

@@ -46,16 +46,16 @@ class Program:
         self._calls, self._results = calls, [None] * len(calls)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.length = len(calls)
-        captured = graph and device.type == "cuda"
-        self.timing = "graph" if captured else "launches"
+        graph = graph and device.type == "cuda"
+        self.timing = "graph" if graph else "launches"
         self._run_calls()  # compiles, and lets libraries choose their algorithms
-        if captured:
+        if graph:
             self._capture()
         if device.type == "cuda":
             passes = round(_SAMPLE_SECONDS[self.timing] / self._seconds())
             if passes > 1:
                 self.length *= passes
-                if captured:
+                if graph:
                     self._capture()
 
     @property
