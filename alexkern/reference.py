@@ -65,6 +65,27 @@ def max_pool2d(
     return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
+def lrn_max_pool2d(
+    input: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+) -> Tensor:
+    """Both, one after the other, rounded once."""
+    value = input.to(_compute_dtype(input))
+    normalised = local_response_norm(value, size, scale, beta, k, groups)
+    return F.max_pool2d(normalised, kernel_size, stride, padding, dilation, ceil_mode).to(
+        input.dtype
+    )
+
+
 def dropout(
     input: Tensor,
     p: float,

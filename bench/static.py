@@ -57,13 +57,15 @@ _LARGE_BATCH = 2**15
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 TARGETS = (*GPUS, "gfx942")
 # the last is no op's, but that of docs/kernel-path.md
-STEMS = ("conv", "dropout", "lrn", "pool", "lrn_path")
+STEMS = ("conv", "dropout", "lrn", "lrn_pool", "pool", "lrn_path")
 _EVERYTHING: dict[str, Sequence[str]] = {
     "targets": tuple(GPUS),
     "dtypes": tuple(DTYPES),
     "layouts": tuple(LAYOUTS),
     "stems": STEMS,
 }
+
+_PAPER_NORM: Any = {"alpha": 1e-4, "beta": 0.75, "k": 2.0, "alpha_mode": "sum"}
 
 # How often a kernel's loops are run, from its parameters: one number if all loops make as many
 # trips, else one per loop that the compiler leaves in the program, in order.
@@ -72,9 +74,8 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "conv2d_weight_grad": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_K),),
     "conv2d_epilogue_backward": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_M),),
     "sum_partials": lambda p: (p.splits // 4, p.splits % 4),  # unrolled by the compiler
-    "lrn_forward": lambda p: (p.BEFORE + 1 + p.AFTER,),
-    "lrn_backward_terms": lambda p: (p.BEFORE + 1 + p.AFTER,),
-    "lrn_backward": lambda p: (p.BEFORE + 1 + p.AFTER,),
+    "lrn_max_pool_forward": lambda p: (p.OUT_ROWS,),
+    "lrn_max_pool_backward": lambda p: (p.STEPS,) if p.STEPS > 1 else (),
     "step_1_formula": lambda p: (5,),
     "max_pool_forward": lambda p: (p.KERNEL_H * p.KERNEL_W,),
     "max_pool_backward": lambda p: (
@@ -142,17 +143,30 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     def normalisation(*shape: int) -> Any:
         return lambda: ops.local_response_norm(tensor(*shape), 5, 1e-4, 0.75, 2.0, "sum")
 
+    def normalised_pooling(*shape: int) -> Any:
+        return lambda: ops.lrn_max_pool2d(tensor(*shape), 5, 3, 2, **_PAPER_NORM)
+
     def pooling(*shape: int) -> Any:
         return lambda: ops.max_pool2d(tensor(*shape), 3, 2)
 
     def dropping(*shape: int, **place: Any) -> Any:
         return lambda: ops.dropout(tensor(*shape), **place)
 
+    def whole(batch: int, shape: tuple[int, ...], *geometry: Any) -> Any:
+        channels, kernel, stride, padding, groups = geometry
+        image = tensor(batch, *shape).requires_grad_(shape[0] > 3)
+        weight = tensor(channels, shape[0] // groups, kernel, kernel)
+        arguments = image, weight, tensor(channels), stride, padding, 1, groups
+        tail: Any = {"size": 5, "kernel_size": 3, "pool_stride": 2, **_PAPER_NORM}
+        return lambda: ops.conv2d_bias_relu_lrn_max_pool2d(*arguments, **tail)
+
     for name, layer in CONVOLUTIONS.items():
         yield name, convolution(BATCH, *layer)
     for number, shape in POOLS.items():
         if number in NORMALISED:
             yield f"lrn{number}", normalisation(BATCH, *shape)
+            yield f"lrn_pool{number}", normalised_pooling(BATCH, *shape)
+            yield f"conv_lrn_pool{number}", whole(BATCH, *CONVOLUTIONS[f"conv{number}"])
         yield f"pool{number}", pooling(BATCH, *shape)
     if layout == "nhwc" and dtype in ("bf16", "fp16"):
         for step in lrn_path.STEPS:
@@ -167,6 +181,7 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     ):
         yield f"{name} conv", convolution(batch, shape, shape[0], 3, 2, 1, 2)
         yield f"{name} lrn", normalisation(batch, *shape)
+        yield f"{name} lrn_pool", normalised_pooling(batch, *shape)
         yield f"{name} pool", pooling(batch, *shape)
         yield f"{name} dropout", dropping(batch, *shape)
 
@@ -198,7 +213,7 @@ def _layer_launch(
 def _elements(kernel: str, parameters: Any) -> int:
     if hasattr(parameters, "count"):
         return int(parameters.count)
-    for name in ("result_pointer", "masked_pointer", "partial_pointer"):
+    for name in ("result_pointer", "masked_pointer", "y_pointer", "dx_pointer", "partial_pointer"):
         if hasattr(parameters, name):
             return int(getattr(parameters, name).numel())
     raise ValueError(f"{kernel} has no parameter that bench.static knows as its result")

@@ -15,99 +15,91 @@ holds it, {j : c in W(j)} = [c - AFTER, c + BEFORE] (mirrored: it differs for ev
 
 Only x is kept from forward; d is computed again.
 
-Layout: any dense tensor is [outer, CHANNELS, inner] in memory. NCHW has inner = H * W,
-channels_last has inner = 1, so one kernel serves both: the neighbour j channels away lies
-j * inner elements away. A program owns BLOCK consecutive elements; forward reads x and
-writes y once (neighbours come from the cache). Backward takes two passes, t then dx, because
-every t[j] is used by all of its window.
+A thread owns eight neighbouring channels (see channels.py). Forward reads BEFORE and AFTER more
+on its sides; backward g likewise and x twice as many, to compute its neighbours' t itself. They
+come from the cache: memory sees x, y, g and dx once.
 """
 
 import triton
 import triton.language as tl
 
+from .channels import columns, join, load_window, locate, store, window_sums
+
 
 @triton.jit
-def _elements(count, BLOCK: tl.constexpr, VECTOR: tl.constexpr, INT64: tl.constexpr):
-    """Offsets and mask of a program's elements.
+def negative_power(d, BETA: tl.constexpr):
+    """d**-BETA. Multiples of 1/4 take roots, each good to about an ulp."""
+    if BETA >= 0 and BETA <= 4 and BETA * 4 == BETA * 4 // 1:
+        root = tl.rsqrt(d)
+        power = tl.full(d.shape, 1.0, tl.float32)
+        for _ in tl.static_range(int(BETA)):
+            power *= root * root
+        if BETA % 1 >= 0.5:
+            power *= root
+        if BETA % 0.5 > 0:
+            power *= tl.sqrt(root)
+    else:
+        power = tl.exp2(-BETA * tl.log2(d))
+    return power
 
-    VECTOR divides count; dividing by it shows the compiler that VECTOR neighbours share their
-    mask, which lets it use 16-byte accesses.
+
+@triton.jit
+def denominators(x, scale, k, BEFORE: tl.constexpr, AFTER: tl.constexpr):
+    """The d of the columns of x but the first BEFORE and the last AFTER."""
+    squares = ()
+    for i in tl.static_range(len(x)):
+        squares = squares + (x[i] * x[i],)
+    sums = window_sums(squares, BEFORE + 1 + AFTER)
+    result = ()
+    for i in tl.static_range(len(sums)):
+        result = result + (tl.cast(k, tl.float32) + tl.cast(scale, tl.float32) * sums[i],)
+    return result
+
+
+@triton.jit
+def normalise(x, scale, k, BEFORE: tl.constexpr, AFTER: tl.constexpr, BETA: tl.constexpr):
+    """The [ROWS, 8] tile of y from 8 + BEFORE + AFTER columns of x."""
+    d = denominators(x, scale, k, BEFORE, AFTER)
+    return join(x[BEFORE : BEFORE + 8]) * negative_power(join(d), BETA)
+
+
+@triton.jit
+def input_grad(x, grad, scale, k, BEFORE: tl.constexpr, AFTER: tl.constexpr, BETA: tl.constexpr):
+    """The [ROWS, 8] tile of dx.
+
+    From the columns of g from AFTER before to BEFORE after the eight, and those of x from
+    BEFORE + AFTER before to as many after.
     """
+    d = denominators(x, scale, k, BEFORE, AFTER)
+    direct = ()
+    terms = ()
+    for i in tl.static_range(len(d)):
+        root = tl.rsqrt(d[i])
+        direct = direct + (grad[i] * negative_power(d[i], BETA),)
+        terms = terms + (direct[i] * (x[BEFORE + i] * (root * root)),)
+    sums = window_sums(terms, BEFORE + 1 + AFTER)
+    factor = 2.0 * BETA * tl.cast(scale, tl.float32)
+    centre = x[BEFORE + AFTER : BEFORE + AFTER + 8]
+    return join(direct[AFTER : AFTER + 8]) - factor * join(centre) * join(sums)
+
+
+@triton.jit
+def _rows(BLOCK: tl.constexpr, INT64: tl.constexpr):
     program = tl.program_id(0)
     if INT64:
         program = program.to(tl.int64)
-    offsets = program * BLOCK + tl.arange(0, BLOCK)
-    return offsets, offsets // VECTOR < count // VECTOR
-
-
-@triton.jit
-def _window_sum(
-    pointer,
-    offsets,
-    mask,
-    inner,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    SQUARE: tl.constexpr,
-):
-    """Sum of the values (or squares) from BEFORE channels before to AFTER channels after."""
-    group_size: tl.constexpr = CHANNELS // GROUPS
-    channel = (offsets // inner) % group_size  # CHANNELS is a multiple of group_size
-    total = tl.zeros(offsets.shape, tl.float32)
-    for shift in range(-BEFORE, AFTER + 1):
-        inside = mask & (channel + shift >= 0) & (channel + shift < group_size)
-        neighbour = offsets + shift * tl.cast(inner, offsets.dtype)
-        value = tl.load(pointer + neighbour, mask=inside, other=0.0).to(tl.float32)
-        total += value * value if SQUARE else value
-    return total
-
-
-@triton.jit
-def _denominator(
-    x_pointer,
-    offsets,
-    mask,
-    inner,
-    scale,
-    k,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-):
-    """d[c] = k + s * sum(x[j]**2 for j in W(c))."""
-    square_sum = _window_sum(x_pointer, offsets, mask, inner, CHANNELS, GROUPS, BEFORE, AFTER, True)
-    return tl.cast(k, tl.float32) + tl.cast(scale, tl.float32) * square_sum
-
-
-@triton.jit
-def _negative_power(d, BETA: tl.constexpr):
-    """d**-BETA. Multiples of 1/4 take roots, each good to about an ulp."""
-    if BETA >= 0 and BETA <= 4 and BETA * 4 == BETA * 4 // 1:
-        result = tl.full(d.shape, 1.0, tl.float32)
-        for _ in tl.static_range(int(BETA)):
-            result = result / d
-        if BETA % 1 >= 0.5:
-            result = result * tl.rsqrt(d)
-        if BETA % 0.5 > 0:
-            result = result * tl.sqrt(tl.rsqrt(d))
-    else:
-        result = tl.exp2(-BETA * tl.log2(d))
-    return result
+    return program * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
 
 
 @triton.jit
 def lrn_forward(
     x_pointer,
     y_pointer,
-    count,
+    rows,
     inner,
     scale,
     k,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
     BETA: tl.constexpr,
@@ -115,53 +107,27 @@ def lrn_forward(
     VECTOR: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Writes y; x and y are read and written once."""
-    offsets, mask = _elements(count, BLOCK, VECTOR, INT64)
-    d = _denominator(x_pointer, offsets, mask, inner, scale, k, CHANNELS, GROUPS, BEFORE, AFTER)
-    x = tl.load(x_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = x * _negative_power(d, BETA)
-    tl.store(y_pointer + offsets, y.to(y_pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def lrn_backward_terms(
-    grad_pointer,
-    x_pointer,
-    terms_pointer,
-    count,
-    inner,
-    scale,
-    k,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    BETA: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INT64: tl.constexpr,
-):
-    """First backward pass: writes t[j] = g[j] * x[j] * d[j]**(-beta - 1) in float32."""
-    offsets, mask = _elements(count, BLOCK, VECTOR, INT64)
-    d = _denominator(x_pointer, offsets, mask, inner, scale, k, CHANNELS, GROUPS, BEFORE, AFTER)
-    x = tl.load(x_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-    term = grad * x * _negative_power(d, BETA) / d
-    tl.store(terms_pointer + offsets, term, mask=mask)
+    """Writes y."""
+    row = _rows(BLOCK, INT64)
+    mask = row < rows
+    base, chunk = locate(row, inner, GROUP_SIZE, VECTOR)
+    HALO: tl.constexpr = triton.next_power_of_2(max(BEFORE, AFTER, 1))
+    parts = load_window(x_pointer, base, chunk, mask, inner, GROUP_SIZE, HALO, VECTOR)
+    x = columns(parts, VECTOR)[HALO - BEFORE : HALO + 8 + AFTER]
+    y = normalise(x, scale, k, BEFORE, AFTER, BETA)
+    store(y_pointer, base, chunk, mask, inner, y, GROUP_SIZE, VECTOR)
 
 
 @triton.jit
 def lrn_backward(
     grad_pointer,
     x_pointer,
-    terms_pointer,
     dx_pointer,
-    count,
+    rows,
     inner,
     scale,
     k,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
     BETA: tl.constexpr,
@@ -169,13 +135,16 @@ def lrn_backward(
     VECTOR: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Second backward pass: writes dx from g, x and the windows' sums of t."""
-    offsets, mask = _elements(count, BLOCK, VECTOR, INT64)
-    d = _denominator(x_pointer, offsets, mask, inner, scale, k, CHANNELS, GROUPS, BEFORE, AFTER)
-    term_sum = _window_sum(
-        terms_pointer, offsets, mask, inner, CHANNELS, GROUPS, AFTER, BEFORE, False
-    )
-    x = tl.load(x_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-    dx = grad * _negative_power(d, BETA) - 2.0 * BETA * tl.cast(scale, tl.float32) * x * term_sum
-    tl.store(dx_pointer + offsets, dx.to(dx_pointer.dtype.element_ty), mask=mask)
+    """Writes dx."""
+    row = _rows(BLOCK, INT64)
+    mask = row < rows
+    base, chunk = locate(row, inner, GROUP_SIZE, VECTOR)
+    REACH: tl.constexpr = BEFORE + AFTER
+    HALO: tl.constexpr = triton.next_power_of_2(max(BEFORE, AFTER, 1))
+    WIDE: tl.constexpr = triton.next_power_of_2(max(REACH, 1))
+    parts = load_window(x_pointer, base, chunk, mask, inner, GROUP_SIZE, WIDE, VECTOR)
+    x = columns(parts, VECTOR)[WIDE - REACH : WIDE + 8 + REACH]
+    parts = load_window(grad_pointer, base, chunk, mask, inner, GROUP_SIZE, HALO, VECTOR)
+    grad = columns(parts, VECTOR)[HALO - AFTER : HALO + 8 + BEFORE]
+    dx = input_grad(x, grad, scale, k, BEFORE, AFTER, BETA)
+    store(dx_pointer, base, chunk, mask, inner, dx, GROUP_SIZE, VECTOR)

@@ -239,13 +239,13 @@ def check_lrn(
 
     Floor, relative, in units of u, for k and alpha that are not negative (nothing cancels in d):
     - d = k + s * sum: size (squares and sum) + 4 (k, s, product, sum).
-    - d**-beta: beta times that, plus the power itself. By roots (beta a multiple of 1/4): 4 per
-      division (2 ulp on a GPU) and 12 for up to two roots of 2 ulp and their products. By
-      exp2(-beta * log2 d): log2 is off by 1 relative and 4 absolute, beta and the product by 1
-      each, and exp2 turns an absolute error into ln 2 of it relative and adds 4:
-      ln 2 * beta * (3 * |log2 d| + 4) + 4.
+    - d**-beta: beta times that, plus the power itself. By roots (beta a multiple of 1/4): 10 per
+      whole power (two roots of 2 ulp on a GPU and two products) and 12 for up to two roots of 2 ulp
+      and their products. By exp2(-beta * log2 d): log2 is off by 1 relative and 4 absolute, beta
+      and the product by 1 each, and exp2 turns an absolute error into ln 2 of it relative and adds
+      4: ln 2 * beta * (3 * |log2 d| + 4) + 4.
     - y: 1 more.
-    - t: that of the power, size + 8 for the division by d, 2 products.
+    - t: that of the power, size + 4 + 9 for the division by d (two roots, a product), 2 products.
     - dx: size additions and 5 products for the second of its terms, 1 for their difference.
     """
     arguments = (size, alpha, beta, k, alpha_mode, groups)
@@ -263,20 +263,37 @@ def check_lrn(
     truth, grad_truth = results(double)
     own, own_grad = _own(results, [input], [truth, grad_truth])
 
-    x, g = double.detach().abs(), upstream.double().abs()
+    output_floor, grad_floor = _lrn_floors(double.detach(), upstream.double(), *arguments)
+    check("output", output, truth, (own - truth).abs(), output_floor)
+    check("gradient", grad, grad_truth, (own_grad - grad_truth).abs(), grad_floor)
+
+
+def _lrn_floors(
+    x: Tensor,
+    upstream: Tensor,
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    alpha_mode: str,
+    groups: int,
+    addends: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Of LRN's output and gradient, see check_lrn; ``upstream`` was summed from so many."""
+    x, g = x.abs(), upstream.abs()
     scale = alpha if alpha_mode == "sum" else alpha / size
     before, after = size // 2, (size - 1) // 2
     d = k + scale * window_sum(x * x, before, after, groups)
     power = beta * (size + 4)
     if beta * 4 == int(beta * 4):
-        power = power + 4 * int(beta) + 12
+        power = power + 10 * int(beta) + 12
     else:
         power = power + math.log(2) * beta * (3 * d.log2().abs() + 4) + 4
-    check("output", output, truth, (own - truth).abs(), UNIT * (power + 1) * truth.abs())
     first = g * d**-beta
     second = 2 * scale * beta * x * window_sum(g * x * d ** (-beta - 1), after, before, groups)
-    floor = UNIT * ((power + 2) * first + (power + 2 * size + 16) * second)
-    check("gradient", grad, grad_truth, (own_grad - grad_truth).abs(), floor)
+    relative = power + addends
+    grad = UNIT * ((relative + 1) * first + (relative + 2 * size + 20) * second)
+    return UNIT * (power + 1) * x * d**-beta, grad
 
 
 def check_pool(input: Tensor, kernel_size: int | tuple[int, int], **keys: Any) -> None:
@@ -306,6 +323,118 @@ def check_pool(input: Tensor, kernel_size: int | tuple[int, int], **keys: Any) -
     windows = math.prod((kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size)
     terms = results(double, upstream.abs())[2]
     check("gradient", grad, grad_truth, (own_grad - grad_truth).abs(), UNIT * windows * terms)
+
+
+def check_lrn_pool(
+    input: Tensor,
+    size: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    upstream: Tensor | None = None,
+    **norm: Any,
+) -> None:
+    """Output and gradient of lrn_max_pool2d.
+
+    Floors: those of LRN, whose gradient is a sum over at most as many windows as there are taps.
+    Where the two largest values of a window are closer than PyTorch's or our error, rounding
+    decides which one gets the gradient: there the upstream gradient is zero.
+    """
+    pool = {"kernel_size": kernel_size, "stride": stride}
+    norm = {"alpha": 1e-4, "beta": 0.75, "k": 1.0, "alpha_mode": "mean", "groups": 1, **norm}
+    (ours,) = leaves(input)
+    output = ops.lrn_max_pool2d(ours, size, **pool, **norm)
+
+    def results(value: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        result = F.max_pool2d(plain_lrn(value, size, **norm), **pool)
+        return result, *torch.autograd.grad(result, value, upstream.to(value.dtype))
+
+    (double,) = _double([input])
+    taps = math.prod((kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size)
+    upstream = gradient_like(output) if upstream is None else upstream
+    normalised = plain_lrn(double.detach(), size, **norm)
+    zeros = torch.zeros_like(normalised)
+    error, _ = _lrn_floors(double.detach(), zeros, size, *norm.values())
+    error = error + torch.finfo(input.dtype).eps * normalised.abs()
+    upstream = upstream.masked_fill(_undecided(normalised, error, **pool), 0.0)
+
+    (grad,) = torch.autograd.grad(output, ours, upstream)
+    _check_properties(output, [grad], [input])
+    truth, grad_truth = results(double, upstream)
+    own, own_grad = _own(lambda value: results(value, upstream), [input], [truth, grad_truth])
+    (leaf,) = leaves(normalised)
+    pooled = F.max_pool2d(leaf, **pool)
+    (gathered,) = torch.autograd.grad(pooled, leaf, upstream.double().abs())
+    floors = _lrn_floors(double.detach(), gathered, size, *norm.values(), addends=taps)
+    check("output", output, truth, (own - truth).abs(), F.max_pool2d(floors[0], **pool))
+    check("gradient", grad, grad_truth, (own_grad - grad_truth).abs(), floors[1])
+
+
+def _undecided(value: Tensor, error: Tensor, kernel_size: Any, stride: Any) -> Tensor:
+    """Windows whose two largest values are closer than their errors together."""
+    kernel = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
+    steps = kernel if stride is None else (stride,) * 2 if isinstance(stride, int) else stride
+
+    def windows(tensor: Tensor) -> Tensor:
+        unfolded = tensor.unfold(2, kernel[0], steps[0]).unfold(3, kernel[1], steps[1])
+        return unfolded.flatten(-2)
+
+    values = windows(value)
+    if values.shape[-1] == 1:
+        return torch.zeros_like(values[..., 0], dtype=torch.bool)
+    largest = values.topk(2).values
+    return largest[..., 0] - largest[..., 1] <= 2 * windows(error).amax(-1)
+
+
+def check_conv_lrn_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: dict[str, Any],
+    size: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    norm_groups: int = 1,
+    **norm: Any,
+) -> None:
+    """Output and gradients of conv2d_bias_relu_lrn_max_pool2d.
+
+    It is made of kernels that other checks hold to the truth, so output, input and weight
+    gradient are the very bits of conv2d_bias_relu and lrn_max_pool2d one after the other. The bias
+    gradient is a sum of its own: in float32, of terms that are not rounded to half precision.
+    Floor: sqrt(pixels) * u * sum|terms| (see check_conv) and those of LRN.
+    """
+    tensors = [input, weight] if bias is None else [input, weight, bias]
+    pool = {"kernel_size": kernel_size, "stride": stride}
+    ours, parts = leaves(*tensors), leaves(*tensors)
+    output = ops.conv2d_bias_relu_lrn_max_pool2d(
+        *ours,
+        **conv,
+        size=size,
+        kernel_size=kernel_size,
+        pool_stride=stride,
+        norm_groups=norm_groups,
+        **norm,
+    )
+    activation = ops.conv2d_bias_relu(*parts, **conv)
+    expected = ops.lrn_max_pool2d(activation, size, **pool, groups=norm_groups, **norm)
+    upstream = gradient_like(output)
+    grads = torch.autograd.grad(output, ours, upstream)
+    expected_grads = torch.autograd.grad(expected, parts, upstream)
+    check_same(output.detach(), expected.detach())
+    _check_properties(output, grads, tensors)
+    for grad, other in zip(grads[:2], expected_grads[:2], strict=True):
+        check_same(grad, other)
+    if bias is None:
+        return
+    dtype = torch.promote_types(activation.dtype, torch.float32)
+    (wide,) = leaves(activation.to(dtype))
+    pooled = ops.lrn_max_pool2d(wide, size, **pool, groups=norm_groups, **norm)
+    (terms,) = torch.autograd.grad(pooled, wide, upstream.to(dtype))
+    terms = terms.double().where(activation > 0, 0.0)
+    pixels = terms[:, 0].numel()
+    truth, magnitude = terms.sum((0, 2, 3)), terms.abs().sum((0, 2, 3))
+    own_error = (expected_grads[2] - truth).abs()
+    check("bias gradient", grads[2], truth, own_error, UNIT * math.sqrt(pixels) * magnitude)
 
 
 def check_dropout(

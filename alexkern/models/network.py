@@ -95,17 +95,16 @@ class AlexNet(nn.Module):
         """
         preset = self.preset
         _check_shapes(preset, input, dropout_seeds)
-        late_relu = preset.relu_after_pool1
-        x = self._convolve(
-            self.conv1, input, preset.conv1_padding, activation="none" if late_relu else "relu"
-        )
-        x = self._pool(self._normalise(x))
-        if late_relu:
-            x = x.relu()
-        x = self._normalise(self._convolve(self.conv2, x, 2))
+        if preset.relu_after_pool1:
+            x = self._convolve(self.conv1, input, preset.conv1_padding, activation="none")
+            x = self._pool(self._normalise(x)).relu()
+        else:
+            x = self._convolve_normalise_pool(self.conv1, input, preset.conv1_padding)
         if preset.spatial_norm:
-            x = spatial_response_norm(x)
-        x = self._pool(x)
+            x = self._normalise(self._convolve(self.conv2, x, 2))
+            x = self._pool(spatial_response_norm(x))
+        else:
+            x = self._convolve_normalise_pool(self.conv2, x, 2)
         x = self._convolve(self.conv3, x, 1)
         x = self._convolve(self.conv4, x, 1)
         x = self._pool(self._convolve(self.conv5, x, 1))
@@ -134,6 +133,30 @@ class AlexNet(nn.Module):
             padding=padding,
             groups=layer.groups,
             activation=activation,
+        )
+
+    def _convolve_normalise_pool(
+        self, layer: nn.Conv2d, x: Tensor, padding: int | tuple[int, int, int, int]
+    ) -> Tensor:
+        norm = self.preset.response_norm
+        if norm is None:
+            return self._pool(self._convolve(layer, x, padding))
+        return ops.conv2d_bias_relu_lrn_max_pool2d(
+            x,
+            layer.weight,
+            layer.bias,
+            stride=layer.stride,
+            padding=padding,
+            groups=layer.groups,
+            size=norm.size,
+            alpha=norm.alpha,
+            beta=norm.beta,
+            k=norm.k,
+            alpha_mode=norm.alpha_mode,
+            norm_groups=norm.groups,
+            kernel_size=3,
+            pool_stride=2,
+            ceil_mode=self.preset.ceil_mode,
         )
 
     def _normalise(self, x: Tensor) -> Tensor:

@@ -4,8 +4,17 @@ Importing this package costs little: no CUDA call, and triton loads with the fir
 """
 
 from alexkern.ops.conv import conv2d_bias_relu
+from alexkern.ops.conv_lrn_pool import conv2d_bias_relu_lrn_max_pool2d
 from alexkern.ops.dropout import dropout
 from alexkern.ops.lrn import local_response_norm
+from alexkern.ops.lrn_pool import lrn_max_pool2d
 from alexkern.ops.pool import max_pool2d
 
-__all__ = ["conv2d_bias_relu", "dropout", "local_response_norm", "max_pool2d"]
+__all__ = [
+    "conv2d_bias_relu",
+    "conv2d_bias_relu_lrn_max_pool2d",
+    "dropout",
+    "local_response_norm",
+    "lrn_max_pool2d",
+    "max_pool2d",
+]

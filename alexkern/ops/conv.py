@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,32 +62,63 @@ def conv2d_bias_relu(
     """
     if activation not in ("relu", "none"):
         raise ValueError(f"activation must be 'relu' or 'none', got {activation!r}")
+    input, weight, bias, extents = checked(input, weight, bias, stride, padding, dilation, groups)
+    if input.numel() == 0 or not runs_triton("conv", input):
+        return reference.conv2d_bias_relu(input, weight, bias, *extents, activation)
+    batch = input if input.dim() == 4 else input.unsqueeze(0)
+    output: Tensor = _Conv2dBiasReLU.apply(batch, weight, bias, extents, activation == "relu")
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+class Extents(NamedTuple):
+    """A convolution's (height, width), its padding as (left, right, top, bottom), its groups."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def output_size(self, input: Tensor, weight: Tensor) -> tuple[int, int]:
+        """Height and width.
+
+        Raises:
+            RuntimeError: the kernel is larger than the padded input.
+        """
+        left, right, top, bottom = self.padding
+        padded = (input.shape[-2] + top + bottom, input.shape[-1] + left + right)
+        span = [self.dilation[axis] * (weight.shape[2 + axis] - 1) + 1 for axis in range(2)]
+        if padded[0] < span[0] or padded[1] < span[1]:
+            raise RuntimeError(
+                f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel "
+                f"size: ({span[0]} x {span[1]}). Kernel size can't be greater than actual input "
+                "size"
+            )
+        steps = [(padded[axis] - span[axis]) // self.stride[axis] for axis in range(2)]
+        return steps[0] + 1, steps[1] + 1
+
+
+def checked(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Extents]:
+    """A convolution's operands in autocast's dtype and its extents, after all checks.
+
+    Raises:
+        RuntimeError, TypeError: see :func:`conv2d_bias_relu`.
+    """
     strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
     _check_operands(input, weight, bias, groups)
     pads = _four_sides(padding, weight, strides, dilations)
     input, weight, bias = _autocast(input, weight, bias)
     _check_dtypes(input, weight, bias)
-    output_size = _output_size(input, weight, strides, pads, dilations)
-    if input.numel() == 0 or not runs_triton("conv", input):
-        return reference.conv2d_bias_relu(
-            input, weight, bias, strides, pads, dilations, groups, activation
-        )
-    batch = input if input.dim() == 4 else input.unsqueeze(0)
-    geometry = _Geometry(
-        GROUP_IN=weight.shape[1],
-        GROUP_OUT=weight.shape[0] // groups,
-        KERNEL_H=weight.shape[2],
-        KERNEL_W=weight.shape[3],
-        STRIDE_H=strides[0],
-        STRIDE_W=strides[1],
-        PADDING_TOP=pads[2],
-        PADDING_LEFT=pads[0],
-        DILATION_H=dilations[0],
-        DILATION_W=dilations[1],
-    )
-    relu = activation == "relu"
-    output: Tensor = _Conv2dBiasReLU.apply(batch, weight, bias, output_size, geometry, relu)
-    return output if input.dim() == 4 else output.squeeze(0)
+    extents = Extents(strides, pads, dilations, groups)
+    extents.output_size(input, weight)
+    return input, weight, bias, extents
 
 
 def _check_operands(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
@@ -166,24 +197,6 @@ def _four_sides(
     return left, right, top, bottom
 
 
-def _output_size(
-    input: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
-    left, right, top, bottom = padding
-    padded = (input.shape[-2] + top + bottom, input.shape[-1] + left + right)
-    span = [dilation[axis] * (weight.shape[2 + axis] - 1) + 1 for axis in range(2)]
-    if padded[0] < span[0] or padded[1] < span[1]:
-        raise RuntimeError(
-            f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: "
-            f"({span[0]} x {span[1]}). Kernel size can't be greater than actual input size"
-        )
-    return (padded[0] - span[0]) // stride[0] + 1, (padded[1] - span[1]) // stride[1] + 1
-
-
 def _autocast(
     input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -212,8 +225,25 @@ class _Geometry:
     DILATION_H: int
     DILATION_W: int
 
+    @classmethod
+    def of(cls, weight: Tensor, extents: Extents) -> "_Geometry":
+        """Right and bottom padding are known by the output's size."""
+        return cls(
+            GROUP_IN=weight.shape[1],
+            GROUP_OUT=weight.shape[0] // extents.groups,
+            KERNEL_H=weight.shape[2],
+            KERNEL_W=weight.shape[3],
+            STRIDE_H=extents.stride[0],
+            STRIDE_W=extents.stride[1],
+            PADDING_TOP=extents.padding[2],
+            PADDING_LEFT=extents.padding[0],
+            DILATION_H=extents.dilation[0],
+            DILATION_W=extents.dilation[1],
+        )
+
     @property
     def taps(self) -> int:
+        """Of the kernel."""
         return self.KERNEL_H * self.KERNEL_W
 
 
@@ -224,15 +254,11 @@ class _Conv2dBiasReLU(Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        output_size: tuple[int, int],
-        geometry: _Geometry,
+        extents: Extents,
         relu: bool,
     ) -> Tensor:
         input, weight = dense(input), dense(weight)
-        bias = None if bias is None else bias.contiguous()
-        shape = (input.shape[0], weight.shape[0], *output_size)
-        output = empty(shape, input, channels_last=is_channels_last(input))
-        _launch_conv2d(input, weight, bias, output, geometry, relu=relu, transposed=False)
+        output = convolve(input, weight, bias, extents, relu)
         needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
             input if needs_weight else None,
@@ -240,7 +266,7 @@ class _Conv2dBiasReLU(Function):
             output if relu else None,
         )
         ctx.input_shape, ctx.channels_last = input.shape, is_channels_last(input)
-        ctx.geometry = geometry
+        ctx.extents = extents
         return output
 
     @staticmethod
@@ -252,13 +278,42 @@ class _Conv2dBiasReLU(Function):
         output_grad, bias_grad = _epilogue_backward(output_grad, output, needs_bias)
         input_grad = weight_grad = None
         if needs_input:
-            input_grad = empty(ctx.input_shape, output_grad, channels_last=ctx.channels_last)
-            _launch_conv2d(
-                output_grad, weight, None, input_grad, ctx.geometry, relu=False, transposed=True
+            input_grad = convolution_input_grad(
+                output_grad, weight, ctx.input_shape, ctx.extents, ctx.channels_last
             )
         if needs_weight:
-            weight_grad = _weight_grad(output_grad, input, weight, ctx.geometry)
-        return input_grad, weight_grad, bias_grad, None, None, None
+            weight_grad = convolution_weight_grad(output_grad, input, weight, ctx.extents)
+        return input_grad, weight_grad, bias_grad, None, None
+
+
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    extents: Extents,
+    relu: bool,
+) -> Tensor:
+    """The output for dense operands, in the input's layout."""
+    bias = None if bias is None else bias.contiguous()
+    shape = (input.shape[0], weight.shape[0], *extents.output_size(input, weight))
+    geometry = _Geometry.of(weight, extents)
+    output = empty(shape, input, channels_last=is_channels_last(input))
+    _launch_conv2d(input, weight, bias, output, geometry, relu=relu, transposed=False)
+    return output
+
+
+def convolution_input_grad(
+    output_grad: Tensor,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    extents: Extents,
+    channels_last: bool,
+) -> Tensor:
+    """The input gradient from that before bias and ReLU."""
+    geometry = _Geometry.of(weight, extents)
+    input_grad = empty(input_shape, output_grad, channels_last=channels_last)
+    _launch_conv2d(output_grad, weight, None, input_grad, geometry, relu=False, transposed=True)
+    return input_grad
 
 
 def _launch_conv2d(
@@ -321,7 +376,11 @@ def _split(tensor: Tensor, programs: int, length: int, block: int) -> tuple[int,
     return -(-length // each), each
 
 
-def _weight_grad(output_grad: Tensor, input: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+def convolution_weight_grad(
+    output_grad: Tensor, input: Tensor, weight: Tensor, extents: Extents
+) -> Tensor:
+    """The weight gradient from that before bias and ReLU, in the weight's layout."""
+    geometry = _Geometry.of(weight, extents)
     images, channels, height, width = output_grad.shape
     pixels, products = images * height * width, geometry.taps * geometry.GROUP_IN
     tile = config.matmul(input, geometry.GROUP_IN, geometry.GROUP_OUT, products, pixels)

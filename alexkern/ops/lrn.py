@@ -1,8 +1,8 @@
 """Local response normalisation across channels."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -12,6 +12,9 @@ from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
 from alexkern.runtime.launch import device_code, empty, launch
 from alexkern.runtime.layout import dense, dense_as, is_channels_last, outer_channels_inner
+
+# Channels of a window beside its own, beyond which the kernels' registers do not hold it.
+WIDEST = 16
 
 
 def local_response_norm(
@@ -53,9 +56,58 @@ def local_response_norm(
         RuntimeError: ``size`` below 1.
         TypeError: ``size`` is not an int.
     """
-    if input.dim() < 3:
+    normalisation = checked_normalisation(input.shape, size, alpha, beta, k, alpha_mode, groups)
+    if input.numel() == 0:
+        return input
+    if sum(normalisation.reach(input.shape[1])) > WIDEST or not runs_triton("lrn", input):
+        return reference.local_response_norm(input, *normalisation)
+    output: Tensor = _LocalResponseNorm.apply(input, normalisation)
+    return output
+
+
+class Normalisation(NamedTuple):
+    """LRN's numbers, after their checks; ``scale`` is what the sum of squares is multiplied by."""
+
+    size: int
+    scale: float
+    beta: float
+    k: float
+    groups: int
+
+    def reach(self, channels: int) -> tuple[int, int]:
+        """Channels before and after a window's own; a wider window than the group is cut."""
+        most = channels // self.groups - 1
+        return min(self.size // 2, most), min((self.size - 1) // 2, most)
+
+    def vectors(self, channels: int, channels_last: bool) -> bool:
+        """Whether eight channels are neighbours in memory: 16 bytes in half precision."""
+        divides = channels // self.groups % 8 == 0
+        return channels_last and divides and sum(self.reach(channels)) <= 8
+
+    def constants(self, channels: int) -> dict[str, Any]:
+        """The kernels' constants."""
+        before, after = self.reach(channels)
+        group_size = channels // self.groups
+        return {"GROUP_SIZE": group_size, "BEFORE": before, "AFTER": after, "BETA": self.beta}
+
+
+def checked_normalisation(
+    shape: Sequence[int],
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    alpha_mode: str,
+    groups: int,
+) -> Normalisation:
+    """The arguments of LRN on an input of this shape.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: see :func:`local_response_norm`.
+    """
+    if len(shape) < 3:
         raise ValueError(
-            f"Expected 3D or higher dimensionality input (got {input.dim()} dimensions)"
+            f"Expected 3D or higher dimensionality input (got {len(shape)} dimensions)"
         )
     if not isinstance(size, int):
         raise TypeError(f"size must be an int, got {size!r}")
@@ -63,27 +115,20 @@ def local_response_norm(
         raise RuntimeError(f"size should be greater than zero, but got {size}")
     if alpha_mode not in ("mean", "sum"):
         raise ValueError(f"alpha_mode must be 'mean' or 'sum', got {alpha_mode!r}")
-    if groups < 1 or input.shape[1] % groups:
-        raise ValueError(f"groups must divide the {input.shape[1]} channels, got groups={groups}")
-    if input.numel() == 0:
-        return input
+    if groups < 1 or shape[1] % groups:
+        raise ValueError(f"groups must divide the {shape[1]} channels, got groups={groups}")
     scale = alpha / size if alpha_mode == "mean" else alpha
-    if not runs_triton("lrn", input):
-        return reference.local_response_norm(input, size, scale, beta, k, groups)
-    output: Tensor = _LocalResponseNorm.apply(input, size, scale, beta, k, groups)
-    return output
+    return Normalisation(size, scale, beta, k, groups)
 
 
 class _LocalResponseNorm(Function):
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, normalisation: Normalisation) -> Tensor:
         input = dense(input)
         ctx.save_for_backward(input)
-        ctx.arguments = size, scale, beta, k, groups
+        ctx.normalisation = normalisation
         output = empty(input.shape, input, channels_last=is_channels_last(input))
-        _launch(device_code("lrn").lrn_forward, input, (input, output), *ctx.arguments)
+        _launch(device_code("lrn").lrn_forward, (input, output), input, normalisation)
         return output
 
     @staticmethod
@@ -92,42 +137,29 @@ class _LocalResponseNorm(Function):
         (input,) = ctx.saved_tensors
         channels_last = is_channels_last(input)
         output_grad = dense_as(output_grad, channels_last)
-        # float32 whatever the input: each term is summed `size` times before one rounding
-        terms = empty(input.shape, input, torch.float32, channels_last)
         input_grad = empty(input.shape, input, channels_last=channels_last)
-        tensors = (output_grad, input, terms)
-        _launch(device_code("lrn").lrn_backward_terms, input, tensors, *ctx.arguments)
-        _launch(device_code("lrn").lrn_backward, input, (*tensors, input_grad), *ctx.arguments)
-        return input_grad, None, None, None, None, None
+        tensors = (output_grad, input, input_grad)
+        _launch(device_code("lrn").lrn_backward, tensors, input, ctx.normalisation)
+        return input_grad, None
 
 
 def _launch(
-    kernel: Any,
-    input: Tensor,
-    tensors: tuple[Tensor, ...],
-    size: int,
-    scale: float,
-    beta: float,
-    k: float,
-    groups: int,
+    kernel: Any, tensors: tuple[Tensor, ...], input: Tensor, normalisation: Normalisation
 ) -> None:
-    _, channels, inner = outer_channels_inner(input)
-    reach = channels // groups - 1  # a wider window holds no more channels
-    blocks = config.pointwise(input, input.numel())
+    outer, channels, inner = outer_channels_inner(input)
+    groups = normalisation.groups
+    rows = outer * groups * -(-channels // groups // 8) * inner
+    blocks = config.pointwise(input, 8)
     launch(
         kernel,
-        blocks.programs(input.numel()),
+        blocks.programs(8 * rows),
         *tensors,
-        input.numel(),
+        rows,
         inner,
-        scale,
-        k,
-        CHANNELS=channels,
-        GROUPS=groups,
-        BEFORE=min(size // 2, reach),
-        AFTER=min((size - 1) // 2, reach),
-        BETA=beta,
+        normalisation.scale,
+        normalisation.k,
+        **normalisation.constants(channels),
         BLOCK=blocks.block,
-        VECTOR=blocks.vector,
+        VECTOR=normalisation.vectors(channels, is_channels_last(input)),
         num_warps=blocks.num_warps,
     )

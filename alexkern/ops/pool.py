@@ -1,7 +1,7 @@
 """Max-pooling with overlapping windows."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,26 +51,50 @@ def max_pool2d(
         RuntimeError: what PyTorch refuses: bad dimensions, extents or padding.
         TypeError: an extent is not an int.
     """
-    kernel = pair(kernel_size, "kernel_size")
-    strides = kernel if stride is None or stride in ((), []) else pair(stride, "stride")
-    pads, dilations = pair(padding, "padding"), pair(dilation, "dilation")
-    output_size = _output_size(input, kernel, strides, pads, dilations, ceil_mode)
+    windows = checked_windows(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     if input.numel() == 0 or not runs_triton("pool", input):
-        return reference.max_pool2d(
-            input, kernel, strides, pads, dilations, ceil_mode, return_indices
-        )
+        return reference.max_pool2d(input, *windows[:4], ceil_mode, return_indices)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     save_code = torch.is_grad_enabled() and input.requires_grad
-    geometry = (*kernel, *strides, *pads, *dilations)
-    output, indices = _MaxPool2d.apply(batch, output_size, geometry, save_code, return_indices)
+    output, indices = _MaxPool2d.apply(batch, windows, save_code, return_indices)
     if input.dim() == 3:
         output = output.squeeze(0)
         indices = indices.squeeze(0) if return_indices else None
     return (output, indices) if return_indices else output
 
 
+class Windows(NamedTuple):
+    """Windows of a max-pool, after its checks; all are (height, width)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    output_size: tuple[int, int]
+
+
+def checked_windows(
+    shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    ceil_mode: bool,
+) -> Windows:
+    """The arguments of a max-pool over an input of this shape.
+
+    Raises:
+        RuntimeError, TypeError: see :func:`max_pool2d`.
+    """
+    kernel = pair(kernel_size, "kernel_size")
+    strides = kernel if stride is None or stride in ((), []) else pair(stride, "stride")
+    pads, dilations = pair(padding, "padding"), pair(dilation, "dilation")
+    output_size = _output_size(shape, kernel, strides, pads, dilations, ceil_mode)
+    return Windows(kernel, strides, pads, dilations, output_size)
+
+
 def _output_size(
-    input: Tensor,
+    shape: Sequence[int],
     kernel: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
@@ -78,10 +102,10 @@ def _output_size(
     ceil_mode: bool,
 ) -> tuple[int, int]:
     """Output height and width by PyTorch's rule, after its checks."""
-    if input.dim() not in (3, 4) or 0 in input.shape[-3:]:
+    if len(shape) not in (3, 4) or 0 in shape[-3:]:
         raise RuntimeError(
             "Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, "
-            f"but got: {list(input.shape)}"
+            f"but got: {list(shape)}"
         )
     for name, values, least in (
         ("kernel size", kernel, 1),
@@ -99,7 +123,7 @@ def _output_size(
                 "pad should be smaller than or equal to half of kernel size, but got "
                 f"pad={padding[axis]}, kernel_size={kernel[axis]}"
             )
-        extent = input.shape[axis - 2] + padding[axis]
+        extent = shape[axis - 2] + padding[axis]
         room = extent + padding[axis] - span
         steps = (room + (stride[axis] - 1 if ceil_mode else 0)) // stride[axis]
         if ceil_mode and steps * stride[axis] >= extent:
@@ -107,8 +131,8 @@ def _output_size(
         size.append(steps + 1)
     if min(size) < 1:
         raise RuntimeError(
-            f"Given input size: {tuple(input.shape[-3:])}. Calculated output size: "
-            f"{(input.shape[-3], *size)}. Output size is too small"
+            f"Given input size: {tuple(shape[-3:])}. Calculated output size: "
+            f"{(shape[-3], *size)}. Output size is too small"
         )
     return size[0], size[1]
 
@@ -118,15 +142,14 @@ class _MaxPool2d(Function):
     def forward(
         ctx: Any,
         input: Tensor,
-        output_size: tuple[int, int],
-        geometry: tuple[int, ...],
+        windows: Windows,
         save_code: bool,
         return_indices: bool,
     ) -> tuple[Tensor, Tensor | None]:
         input = dense(input)
         channels_last = is_channels_last(input)
-        shape = (*input.shape[:2], *output_size)
-        taps = geometry[0] * geometry[1]
+        shape = (*input.shape[:2], *windows.output_size)
+        taps = windows.kernel[0] * windows.kernel[1]
         code_dtype = torch.uint8 if taps <= 256 else torch.int32
         output = empty(shape, input, channels_last=channels_last)
         code = empty(shape, input, code_dtype, channels_last) if save_code else None
@@ -142,16 +165,15 @@ class _MaxPool2d(Function):
             ),
             output,
             input.shape[2:],
-            output_size,
+            windows,
             channels_last,
-            geometry,
             CODE=save_code,
             INDICES=return_indices,
         )
         if code is not None:
             ctx.save_for_backward(code)
             ctx.input_size, ctx.channels_last = input.shape[2:], channels_last
-            ctx.geometry = geometry
+            ctx.windows = windows
         if indices is not None:
             ctx.mark_non_differentiable(indices)
         return output, indices
@@ -170,11 +192,10 @@ class _MaxPool2d(Function):
             (output_grad, code, input_grad),
             input_grad,
             ctx.input_size,
-            code.shape[2:],
+            ctx.windows,
             ctx.channels_last,
-            ctx.geometry,
         )
-        return input_grad, None, None, None, None
+        return input_grad, None, None, None
 
 
 def _launch(
@@ -182,23 +203,23 @@ def _launch(
     tensors: tuple[Tensor, ...],
     owned: Tensor,
     input_size: Sequence[int],
-    output_size: Sequence[int],
+    windows: Windows,
     channels_last: bool,
-    geometry: tuple[int, ...],
     **flags: bool,
 ) -> None:
     """Launch over the elements of ``owned``, the result that the programs write."""
     inner = owned.shape[1] if channels_last else 1
     blocks = config.pointwise(owned, inner, scalar_block=512)
     names = ("KERNEL", "STRIDE", "PADDING", "DILATION")
-    constants = dict(zip([n + axis for n in names for axis in ("_H", "_W")], geometry, strict=True))
+    extents = [extent for extents in windows[:4] for extent in extents]
+    constants = dict(zip([n + axis for n in names for axis in ("_H", "_W")], extents, strict=True))
     launch(
         kernel,
         blocks.programs(owned.numel()),
         *tensors,
         owned.numel(),
         *input_size,
-        *output_size,
+        *windows.output_size,
         inner,
         **constants,
         **flags,

@@ -15,7 +15,13 @@ _selected: ContextVar[str | None] = ContextVar("alexkern_backend", default=None)
 
 # What `auto` takes on a GPU. No timing on a GPU is on record yet: these follow from the bytes
 # that each side moves (LRN, pool, dropout), and an unmeasured convolution gets the vendor's.
-_AUTO_ON_GPU = {"conv": "torch", "lrn": "triton", "pool": "triton", "dropout": "triton"}
+_AUTO_ON_GPU = {
+    "conv": "torch",
+    "dropout": "triton",
+    "lrn": "triton",
+    "lrn_pool": "triton",
+    "pool": "triton",
+}
 
 
 def _checked(name: str, source: str) -> str:

@@ -96,6 +96,33 @@ def pointwise(tensor: Tensor, divisible: int, scalar_block: int = 1024) -> Point
 
 
 @dataclass(frozen=True)
+class ChunkConfig:
+    """``block // 8`` rows of eight channels per program, of ``chunks_per_program`` per position.
+
+    ``programs`` cover all chunks of all positions.
+    """
+
+    block: int
+    chunks_per_program: int
+    programs: int
+    num_warps: int
+
+
+def chunks_of_channels(tensor: Tensor, chunks: int, positions: int) -> ChunkConfig:
+    """For ``chunks`` groups of eight channels at each of ``positions``.
+
+    In channels_last neighbouring chunks are neighbours in memory, in NCHW positions are.
+    """
+    block, together = 1024, 1
+    if for_interpreter(tensor):
+        block = min(2**16, 8 * power_of_two(chunks * positions))
+    if for_interpreter(tensor) or not tensor.is_contiguous():
+        together = min(chunks & -chunks, block // 8)  # the largest power of two in both
+    programs = chunks // together * -(-positions // (block // 8 // together))
+    return ChunkConfig(block, together, programs, 4)
+
+
+@dataclass(frozen=True)
 class MatmulConfig:
     """Tile sizes of an implicit matrix product."""
 

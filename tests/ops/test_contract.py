@@ -9,9 +9,11 @@ from numerics import (
     DTYPES,
     LAYOUTS,
     check_conv,
+    check_conv_lrn_pool,
     check_dropout,
     check_format,
     check_lrn,
+    check_lrn_pool,
     check_pool,
     check_same,
     inside_nans,
@@ -23,7 +25,8 @@ from alexkern import ops
 from alexkern.runtime import launch
 from alexkern.runtime.config import shipped_configurations
 
-STEMS = ["conv", "lrn", "pool", "dropout"]
+STEMS = ["conv", "lrn", "pool", "dropout", "lrn_pool", "conv_lrn_pool"]
+WITH_WEIGHTS = ("conv", "conv_lrn_pool")
 SHAPE = (2, 6, 7, 5)
 
 
@@ -47,6 +50,11 @@ def call(stem, input, weight, bias, seed):
         return ops.local_response_norm(input, 4, 0.5)
     if stem == "pool":
         return ops.max_pool2d(input, 3, 2, 1)
+    if stem == "lrn_pool":
+        return ops.lrn_max_pool2d(input, 4, (2, 1), 1, alpha=0.5)
+    if stem == "conv_lrn_pool":
+        tail = {"size": 4, "alpha": 0.5, "kernel_size": (2, 1), "pool_stride": 1}
+        return ops.conv2d_bias_relu_lrn_max_pool2d(input, weight, bias, 1, 1, groups=2, **tail)
     return ops.dropout(input, 0.4, seed=seed)
 
 
@@ -57,15 +65,20 @@ def check_by_rule(stem, input, weight, bias, seed):
         check_lrn(input, 4, 0.5)
     elif stem == "pool":
         check_pool(input, 3, stride=2, padding=1)
+    elif stem == "lrn_pool":
+        check_lrn_pool(input, 4, (2, 1), 1, alpha=0.5)
+    elif stem == "conv_lrn_pool":
+        geometry = {"padding": 1, "groups": 2}
+        check_conv_lrn_pool(input, weight, bias, geometry, 4, (2, 1), 1, alpha=0.5)
     else:
         check_dropout(input, seed, 0.4)
 
 
 def check_grads_of(stem, input, others):
-    """Output, and gradients of the input and (for the convolution) of weight and bias."""
+    """Output, and gradients of the input and (for convolutions) of weight and bias."""
     others = dict(others)
     wanted = leaves(input)
-    if stem == "conv":
+    if stem in WITH_WEIGHTS:
         others["weight"], others["bias"] = leaves(others["weight"], others["bias"])
         wanted += [others["weight"], others["bias"]]
     output = call(stem, wanted[0], **others)
@@ -244,13 +257,21 @@ def test_saved_for_backward(randn, triton, operands, stem, dtype):
         "lrn": [input],
         "pool": [torch.empty_like(output, dtype=torch.uint8)],
         "dropout": [others["seed"]],
+        "lrn_pool": [input, torch.empty_like(output, dtype=torch.uint8)],
+        "conv_lrn_pool": [
+            input,
+            others["weight"],
+            input.new_empty(2, 4, 7, 6),  # the activation
+            torch.empty_like(output, dtype=torch.uint8),
+        ],
     }[stem]
     assert len(kept) == len(expected)
     for saved, tensor in zip(kept, expected, strict=True):
         assert saved.shape == tensor.shape
         assert saved.dtype == tensor.dtype
         assert saved.untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
-        assert saved.data_ptr() == tensor.data_ptr() or stem == "pool"
+        made_inside = "pool" in stem and tensor is not input and tensor is not others["weight"]
+        assert made_inside or saved.data_ptr() == tensor.data_ptr()
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -264,8 +285,8 @@ def test_nothing_saved_without_a_gradient(randn, triton, operands, launches, ste
             check_same(call(stem, input.requires_grad_(), **operands()), output)
     assert not output.requires_grad
     assert not kept
-    if stem == "pool":
-        assert [made.constants["CODE"] for made in launches] == [False, False]
+    if "pool" in stem:
+        assert {made.constants.get("CODE", False) for made in launches} == {False}
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -1,0 +1,220 @@
+"""Local response normalisation and max-pooling in one pass."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from alexkern import reference
+from alexkern.ops.lrn import Normalisation, checked_normalisation, local_response_norm
+from alexkern.ops.pool import Windows, checked_windows, max_pool2d
+from alexkern.runtime import config
+from alexkern.runtime.backend import runs_triton
+from alexkern.runtime.launch import device_code, empty, launch
+from alexkern.runtime.layout import dense, dense_as, is_channels_last
+
+# Output rows of a forward program at most: its first costs half as much again as the others.
+_OUT_ROWS = 9
+# Cells that a backward thread takes in turn before its program sums over them.
+_STEPS = 4
+
+
+def lrn_max_pool2d(
+    input: Tensor,
+    size: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    *,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    alpha_mode: str = "mean",
+    groups: int = 1,
+) -> Tensor:
+    """``max_pool2d(local_response_norm(input))``: the paper's tail of layers 1 and 2 (section 3).
+
+    What lies between the two is never written to memory and never rounded to half precision.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W], NCHW or channels_last (kept; other strides are copied
+            once). float32, float16 and bfloat16 have kernels, computing in float32.
+        size: channels in the normalisation's window, at least 1.
+        kernel_size: extent of a pooling window in pixels, one int or (height, width).
+        stride: distance of pooling windows in pixels; ``kernel_size`` if None or empty.
+        padding: implicit border of -inf in pixels, at most half of ``kernel_size``.
+        dilation: distance of a pooling window's taps in pixels.
+        ceil_mode: round the output extent up, so that windows may hang over the far edges.
+        alpha: of the normalisation, as are the following: see ``alpha_mode``.
+        beta: the exponent.
+        k: the constant, called bias elsewhere.
+        alpha_mode: ``"mean"`` divides alpha by size, as PyTorch; ``"sum"`` does not, as the paper.
+        groups: number of equal groups of channels whose borders no window crosses.
+
+    One pass takes windows that lie inside the image (no padding, dilation or overhang), whose
+    extents are one to two strides, the strides' product at most 4; normalisation over at most 9
+    channels; and NCHW, or channels_last with a multiple of 8 channels per group. The paper's
+    tails are such. Any other input goes through the two ops one after the other.
+
+    Returns:
+        The pooled tensor.
+
+    Saves for backward: the input and one byte per output. Backward is deterministic; double
+    backward raises.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: what the two ops refuse.
+    """
+    windows = checked_windows(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    batch = input if input.dim() == 4 else input.unsqueeze(0)
+    normalisation = checked_normalisation(batch.shape, size, alpha, beta, k, alpha_mode, groups)
+    if input.numel() == 0 or not runs_triton("lrn_pool", input):
+        output = reference.lrn_max_pool2d(batch, *normalisation, *windows[:4], ceil_mode)
+    elif fits_one_pass(batch.shape, is_channels_last(dense(batch)), normalisation, windows):
+        save_code = torch.is_grad_enabled() and input.requires_grad
+        output = _LRNMaxPool2d.apply(batch, normalisation, windows, save_code)
+    else:
+        normalised = local_response_norm(batch, size, alpha, beta, k, alpha_mode, groups)
+        pooled = max_pool2d(normalised, kernel_size, stride, padding, dilation, ceil_mode)
+        assert isinstance(pooled, Tensor)  # a pair only if indices are asked for
+        output = pooled
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+def fits_one_pass(
+    shape: Sequence[int], channels_last: bool, normalisation: Normalisation, windows: Windows
+) -> bool:
+    """Whether the fused kernels take a dense [N, C, H, W] input of this shape and layout."""
+    for axis in range(2):
+        kernel, stride = windows.kernel[axis], windows.stride[axis]
+        last = (windows.output_size[axis] - 1) * stride + kernel
+        if last > shape[2 + axis] or not stride <= kernel <= 2 * stride:
+            return False
+    if windows.padding != (0, 0) or windows.dilation != (1, 1) or prod(windows.stride) > 4:
+        return False
+    if channels_last:
+        return normalisation.vectors(shape[1], channels_last)
+    return sum(normalisation.reach(shape[1])) <= 8
+
+
+class _LRNMaxPool2d(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, normalisation: Normalisation, windows: Windows, save_code: bool
+    ) -> Tensor:
+        input = dense(input)
+        output, code = normalise_and_pool(input, normalisation, windows, save_code)
+        ctx.save_for_backward(input, code)
+        ctx.arguments = normalisation, windows
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, code = ctx.saved_tensors
+        input_grad, _ = pooled_normalisation_grad(output_grad, input, code, *ctx.arguments)
+        return input_grad, None, None, None
+
+
+def normalise_and_pool(
+    input: Tensor, normalisation: Normalisation, windows: Windows, save_code: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The output for a dense input, and for backward the tap that won each window (uint8)."""
+    channels_last = is_channels_last(input)
+    shape = (*input.shape[:2], *windows.output_size)
+    output = empty(shape, input, channels_last=channels_last)
+    code = empty(shape, input, torch.uint8, channels_last) if save_code else None
+    images, chunks = shape[0], _chunks(input, normalisation)
+    out_rows = -(-shape[2] // -(-shape[2] // _OUT_ROWS))
+    blocks = config.chunks_of_channels(input, chunks, images * shape[3])
+    launch(
+        device_code("lrn_pool").lrn_max_pool_forward,
+        (blocks.programs, -(-shape[2] // out_rows)),
+        input,
+        output,
+        output if code is None else code,  # a pointer that is not used still needs a tensor
+        images,
+        *input.shape[2:],
+        *windows.output_size,
+        normalisation.scale,
+        normalisation.k,
+        CODE=save_code,
+        OUT_ROWS=out_rows,
+        **_constants(input, normalisation, windows, blocks),
+    )
+    return output, code
+
+
+def pooled_normalisation_grad(
+    output_grad: Tensor,
+    input: Tensor,
+    code: Tensor,
+    normalisation: Normalisation,
+    windows: Windows,
+    relu: bool = False,
+    bias: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The input gradient, with ``relu`` zero where the input is not positive.
+
+    With ``bias`` also its sum over images and pixels, in float32.
+    """
+    channels_last = is_channels_last(input)
+    output_grad = dense_as(output_grad, channels_last)
+    input_grad = empty(input.shape, input, channels_last=channels_last)
+    images, channels, height, width = input.shape
+    steps = _STEPS if bias else 1
+    cells = images * -(-height // windows.stride[0]) * -(-width // windows.stride[1])
+    chunks = _chunks(input, normalisation)
+    blocks = config.chunks_of_channels(input, chunks, -(-cells // steps))
+    parts = blocks.programs // (chunks // blocks.chunks_per_program)
+    partial = empty((parts, channels), input, torch.float32) if bias else None
+    launch(
+        device_code("lrn_pool").lrn_max_pool_backward,
+        (blocks.programs,),
+        output_grad,
+        code,
+        input,
+        input_grad,
+        input_grad if partial is None else partial,
+        images,
+        height,
+        width,
+        *windows.output_size,
+        normalisation.scale,
+        normalisation.k,
+        STEPS=steps,
+        RELU=relu,
+        BIAS=bias,
+        **_constants(input, normalisation, windows, blocks),
+    )
+    return input_grad, None if partial is None else partial.sum(0)
+
+
+def _chunks(input: Tensor, normalisation: Normalisation) -> int:
+    """Groups of eight channels in an image, none of which crosses a group's border."""
+    groups = normalisation.groups
+    return groups * -(-input.shape[1] // groups // 8)
+
+
+def _constants(
+    input: Tensor, normalisation: Normalisation, windows: Windows, blocks: config.ChunkConfig
+) -> dict[str, Any]:
+    return {
+        "CHANNELS": input.shape[1],
+        **normalisation.constants(input.shape[1]),
+        "KERNEL_H": windows.kernel[0],
+        "KERNEL_W": windows.kernel[1],
+        "STRIDE_H": windows.stride[0],
+        "STRIDE_W": windows.stride[1],
+        "BLOCK": blocks.block,
+        "CHUNKS": _chunks(input, normalisation),
+        "CHUNKS_PER_PROGRAM": blocks.chunks_per_program,
+        "VECTOR": is_channels_last(input),
+        "num_warps": blocks.num_warps,
+    }
