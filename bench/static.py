@@ -47,6 +47,7 @@ from bench.programs import (
     executed_instructions,
 )
 from bench.record import FORMAT, RecordError, load, save
+from bench.work import FULLY_CONNECTED
 
 # not in the paper: channels, and elements in the batch, that 8 divides and 16 does not
 ODD = (24, 7, 7)
@@ -57,7 +58,7 @@ _LARGE_BATCH = 2**15
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 TARGETS = (*GPUS, "gfx942")
 # the last is no op's, but that of docs/kernel-path.md
-STEMS = ("conv", "dropout", "lrn", "pool", "lrn_path")
+STEMS = ("conv", "dropout", "linear", "lrn", "pool", "lrn_path")
 _EVERYTHING: dict[str, Sequence[str]] = {
     "targets": tuple(GPUS),
     "dtypes": tuple(DTYPES),
@@ -71,6 +72,7 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "conv2d": lambda p: (_ceil(p.KERNEL_H * p.KERNEL_W * p.GROUP_IN, p.BLOCK_K),),
     "conv2d_weight_grad": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_K),),
     "conv2d_epilogue_backward": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_M),),
+    "linear_epilogue_backward": lambda p: (_ceil(p.rows_per_split, p.BLOCK_M),),
     "sum_partials": lambda p: (p.splits // 4, p.splits % 4),  # unrolled by the compiler
     "lrn_forward": lambda p: (p.BEFORE + 1 + p.AFTER,),
     "lrn_backward_terms": lambda p: (p.BEFORE + 1 + p.AFTER,),
@@ -148,6 +150,10 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     def dropping(*shape: int, **place: Any) -> Any:
         return lambda: ops.dropout(tensor(*shape), **place)
 
+    def fully_connected(batch: int, inputs: int, outputs: int, **keywords: Any) -> Any:
+        arguments = tensor(batch, inputs), tensor(outputs, inputs), tensor(outputs)
+        return lambda: ops.linear_bias_relu_dropout(*arguments, **keywords)
+
     for name, layer in CONVOLUTIONS.items():
         yield name, convolution(BATCH, *layer)
     for number, shape in POOLS.items():
@@ -161,6 +167,9 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     for number, (units,) in DROPOUTS.items():
         yield f"dropout{number}", dropping(BATCH, units)
         yield f"dropout{number} shard", dropping(BATCH, units // 2, row_stride=units)
+    for name in ("fc6", "fc7"):
+        yield name, fully_connected(BATCH, *FULLY_CONNECTED[name])
+        yield f"{name} linear", fully_connected(BATCH, *FULLY_CONNECTED[name], activation="none")
     for name, batch, shape in (
         ("odd", _ODD_BATCH, ODD),
         ("large", _LARGE_BATCH, CONVOLUTIONS["conv2"][0]),
@@ -169,6 +178,7 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         yield f"{name} lrn", normalisation(batch, *shape)
         yield f"{name} pool", pooling(batch, *shape)
         yield f"{name} dropout", dropping(batch, *shape)
+        yield f"{name} linear", fully_connected(batch, shape[0], shape[0] + 1)
 
 
 def _layer_launch(
