@@ -36,7 +36,7 @@ from bench.compile_record import (
     record_path,
     table,
 )
-from bench.layers import BATCH, CONVOLUTIONS, DROPOUTS, NORMALISED, POOLS
+from bench.layers import BATCH, CONVOLUTIONS, DROPOUTS, FULLY_CONNECTED, NORMALISED, POOLS
 from bench.machine import DTYPES, precision
 from bench.programs import (
     WARP,
@@ -47,7 +47,6 @@ from bench.programs import (
     executed_instructions,
 )
 from bench.record import FORMAT, RecordError, load, save
-from bench.work import FULLY_CONNECTED
 
 # not in the paper: channels, and elements in the batch, that 8 divides and 16 does not
 ODD = (24, 7, 7)
@@ -84,6 +83,9 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
         * (((p.KERNEL_W - 1) * p.DILATION_W) // p.STRIDE_W + 1),
     ),
 }
+
+# The tensors that a kernel writes over what it has read.
+IN_PLACE = {"linear_epilogue": ("y_pointer",)}
 
 
 def _ceil(number: int, unit: int) -> int:
@@ -167,18 +169,20 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     for number, (units,) in DROPOUTS.items():
         yield f"dropout{number}", dropping(BATCH, units)
         yield f"dropout{number} shard", dropping(BATCH, units // 2, row_stride=units)
-    for name in ("fc6", "fc7"):
+    for number in DROPOUTS:
+        name = f"fc{number}"
         yield name, fully_connected(BATCH, *FULLY_CONNECTED[name])
-        yield f"{name} linear", fully_connected(BATCH, *FULLY_CONNECTED[name], activation="none")
-    for name, batch, shape in (
-        ("odd", _ODD_BATCH, ODD),
-        ("large", _LARGE_BATCH, CONVOLUTIONS["conv2"][0]),
+    yield "fc6 eval", fully_connected(BATCH, *FULLY_CONNECTED["fc6"], training=False)
+    yield "fc6 linear", fully_connected(BATCH, *FULLY_CONNECTED["fc6"], activation="none")
+    for name, batch, shape, outputs in (
+        ("odd", _ODD_BATCH, ODD, ODD[0]),
+        ("large", _LARGE_BATCH, CONVOLUTIONS["conv2"][0], 2**17),
     ):
         yield f"{name} conv", convolution(batch, shape, shape[0], 3, 2, 1, 2)
         yield f"{name} lrn", normalisation(batch, *shape)
         yield f"{name} pool", pooling(batch, *shape)
         yield f"{name} dropout", dropping(batch, *shape)
-        yield f"{name} linear", fully_connected(batch, shape[0], shape[0] + 1)
+        yield f"{name} linear", fully_connected(batch, shape[0], outputs)
 
 
 def _layer_launch(
@@ -188,7 +192,9 @@ def _layer_launch(
     arguments = dict(zip(kernel.arg_names, launch.arguments, strict=False))
     parameters = SimpleNamespace(**arguments, **launch.constants)
     # a pointer that the kernel does not use is given a tensor that is there already
-    tensors = {id(v): v for v in launch.arguments if isinstance(v, torch.Tensor)}.values()
+    distinct = {id(v): v for v in launch.arguments if isinstance(v, torch.Tensor)}
+    written_over = [arguments[name] for name in IN_PLACE.get(kernel.__name__, ())]
+    tensors = [*distinct.values(), *written_over]
     trips = TRIPS.get(kernel.__name__)
     return LayerLaunch(
         layer,

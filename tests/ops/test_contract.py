@@ -11,6 +11,7 @@ from numerics import (
     check_conv,
     check_dropout,
     check_format,
+    check_linear,
     check_lrn,
     check_pool,
     check_same,
@@ -23,7 +24,8 @@ from alexkern import ops
 from alexkern.runtime import launch
 from alexkern.runtime.config import shipped_configurations
 
-STEMS = ["conv", "lrn", "pool", "dropout"]
+SPATIAL = ["conv", "lrn", "pool", "dropout"]  # whose result has the layout of the input
+STEMS = [*SPATIAL, "linear"]
 SHAPE = (2, 6, 7, 5)
 
 
@@ -47,6 +49,9 @@ def call(stem, input, weight, bias, seed):
         return ops.local_response_norm(input, 4, 0.5)
     if stem == "pool":
         return ops.max_pool2d(input, 3, 2, 1)
+    if stem == "linear":
+        matrix = weight.flatten(1)[:, :6]
+        return ops.linear_bias_relu_dropout(input.movedim(1, -1), matrix, bias, 0.4, seed=seed)
     return ops.dropout(input, 0.4, seed=seed)
 
 
@@ -57,15 +62,17 @@ def check_by_rule(stem, input, weight, bias, seed):
         check_lrn(input, 4, 0.5)
     elif stem == "pool":
         check_pool(input, 3, stride=2, padding=1)
+    elif stem == "linear":
+        check_linear(input.movedim(1, -1), weight.flatten(1)[:, :6], bias, seed, 0.4)
     else:
         check_dropout(input, seed, 0.4)
 
 
 def check_grads_of(stem, input, others):
-    """Output, and gradients of the input and (for the convolution) of weight and bias."""
+    """Output, and what has a gradient: the input, and weight and bias where the op has them."""
     others = dict(others)
     wanted = leaves(input)
-    if stem == "conv":
+    if stem in ("conv", "linear"):
         others["weight"], others["bias"] = leaves(others["weight"], others["bias"])
         wanted += [others["weight"], others["bias"]]
     output = call(stem, wanted[0], **others)
@@ -130,7 +137,7 @@ def test_upstream_gradient_of_any_strides(randn, triton, operands, stem, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", SPATIAL)
 def test_no_copy_of_either_layout(randn, triton, operands, launches, stem, layout):
     (input,) = leaves(randn(*SHAPE, layout=layout))
     output = call(stem, input, **operands())
@@ -228,7 +235,7 @@ def test_results_share_no_memory(randn, triton, operands, stem):
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", SPATIAL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saved_for_backward(randn, triton, operands, stem, dtype):
     """Exactly these tensors are kept, and no copies of them."""
@@ -288,7 +295,7 @@ def test_nan_upstream_gradient(randn, backend, operands, stem):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", SPATIAL)
 def test_one_pixel_keeps_the_format(randn, triton, operands, stem, layout):
     """Where the result's format is ambiguous, the gradient still has the input's."""
     (input,) = leaves(randn(2, 6, 2, 1, layout=layout))
