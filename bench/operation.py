@@ -1,5 +1,6 @@
 """One op of this library beside PyTorch's, in the variants that a user could choose from."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -155,8 +156,8 @@ class Operation:
         with torch.no_grad():
             seen = undropped(*(operand.double() for operand in self._operands[0]))
         kept: Tensor = output[seen.abs() > _NEAR_ZERO * _rms(seen)] != 0
-        deviation = (kept.numel() / 4) ** 0.5
-        return torch.abs(kept.sum() - kept.numel() / 2) / (5 * deviation)
+        deviation = math.sqrt(kept.numel() / 4)
+        return (kept.sum() - kept.numel() / 2).abs() / (5 * deviation)
 
     def _find_truths(self, theirs: Function) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Truth, largest error and RMS error allowed, of the output or of each gradient."""
