@@ -103,6 +103,25 @@ def dropout(
     return (value * (keeps.to(value.dtype) * scale)).to(input.dtype)
 
 
+def linear_bias_relu_dropout(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    p: float,
+    scale: float,
+    seed: Tensor | None,
+    index_offset: int,
+    row_stride: int | None,
+) -> Tensor:
+    """``dropout(relu(input @ weight.T + bias))``; without a seed, only scaled."""
+    output = F.linear(input, weight, bias)
+    output = output.relu() if activation == "relu" else output
+    if seed is None:
+        return output if scale == 1.0 else output * scale
+    return dropout(output, p, scale, seed, index_offset, row_stride)
+
+
 def dropout_keeps(
     shape: Sequence[int], p: float, seed: Tensor, index_offset: int, row_stride: int | None
 ) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alexkern import use_backend
 from alexkern.runtime import config
-from bench import bench_conv, bench_dropout, bench_lrn, bench_pool
+from bench import bench_conv, bench_dropout, bench_linear, bench_lrn, bench_pool
 from bench.conftest import Compare
 from bench.lab import Lab, Variant
 from bench.layers import CONVOLUTIONS, NORMALISED, POOLS
@@ -90,6 +90,7 @@ _MEMORY_BOUND = {
     **{f"lrn{number}": (bench_lrn.subject, number) for number in NORMALISED},
     **{f"pool{number}": (bench_pool.subject, number) for number in POOLS},
     "dropout": (bench_dropout.subject, "6"),
+    "fc6": (bench_linear.subject, "6"),
 }
 
 

@@ -43,6 +43,8 @@ CONVOLUTIONS = {
 POOLS: dict[str, Shape] = {"1": (96, 55, 55), "2": (256, 27, 27), "5": (256, 13, 13)}
 # those whose input is normalised first
 NORMALISED = ("1", "2")
+# inputs and outputs
+FULLY_CONNECTED = {"fc6": (9216, 4096), "fc7": (4096, 4096), "fc8": (4096, 1000)}
 # [units] of the layers with dropout
 DROPOUTS = {"6": (4096,), "7": (4096,)}
 

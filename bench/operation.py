@@ -1,5 +1,6 @@
 """One op of this library beside PyTorch's, in the variants that a user could choose from."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -67,8 +68,8 @@ class Subject:
         operands: Makes one random set in NCHW, those that need a gradient requiring it, from a
             batch size and a function like torch.randn.
         work: From direction, batch and bytes per element.
-        error_ratio: A check of its own, from a call's result and what it read (the first operand,
-            or the gradient): for an op whose result is random.
+        before_dropout: What the dropout at the end of an op sees, if there is one; it drops half
+            of the units and doubles the others. Which, is seen in the output.
         before_relu: What the ReLU of an op that has one sees. Where rounding decides its sign,
             the upstream gradient is zero, so that nothing hangs on it.
     """
@@ -79,7 +80,7 @@ class Subject:
     theirs: Function
     operands: Callable[[int, Function], list[Tensor]]
     work: Callable[[str, int, int], Work]
-    error_ratio: Callable[[Tensor, Tensor], float] | None = None
+    before_dropout: Function | None = None
     before_relu: Function | None = None
 
 
@@ -133,20 +134,33 @@ class Operation:
     def error_ratio(self, result: Tensor | Sequence[Tensor]) -> float:
         """Largest error of a result over what the rule allows."""
         values = [result] if isinstance(result, Tensor) else result
-        if self._subject.error_ratio:
-            read = self._operands[0][0] if self._forward else self._grads[0]
-            return self._subject.error_ratio(values[0].detach(), read.detach())
-        if self._truths is None:
-            self._truths = self._find_truths()
-        ratios = []
-        for value, (truth, largest, rms) in zip(values, self._truths, strict=True):
+        ratios, undropped = [], self._subject.before_dropout
+        if undropped:
+            output = values[-1].detach()
+            ratios.append(self._coin_ratio(output, undropped))
+            truths = self._find_truths(lambda *operands: undropped(*operands) * _factor(output))
+        else:
+            if self._truths is None:
+                self._truths = self._find_truths(self._subject.theirs)
+            truths = self._truths
+        for value, (truth, largest, rms) in zip(values, truths, strict=True):
             error = value.detach().double() - truth
             ratios.append(torch.maximum(error.abs().max() / largest, _rms(error) / rms))
         return float(torch.stack(ratios).max())  # NaN stays NaN
 
-    def _find_truths(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _coin_ratio(self, output: Tensor, undropped: Function) -> Tensor:
+        """How far from half of the units are kept, in units of 5 sigma of a fair coin.
+
+        Of those that rounding cannot have brought to zero.
+        """
+        with torch.no_grad():
+            seen = undropped(*(operand.double() for operand in self._operands[0]))
+        kept: Tensor = output[seen.abs() > _NEAR_ZERO * _rms(seen)] != 0
+        deviation = math.sqrt(kept.numel() / 4)
+        return (kept.sum() - kept.numel() / 2).abs() / (5 * deviation)
+
+    def _find_truths(self, theirs: Function) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Truth, largest error and RMS error allowed, of the output or of each gradient."""
-        theirs = self._subject.theirs
         truths, *own = (
             [result] if isinstance(result := self._call(way, 0, dtype)(), Tensor) else result
             for way, dtype in (
@@ -188,12 +202,19 @@ class Operation:
         grad = torch.empty_like(output).copy_(self._grads[index])
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
         gradients = partial(torch.autograd.grad, output, inputs, grad, retain_graph=True)
+        if self._subject.before_dropout:  # the check needs to see what was dropped
+            return partial(_within, context, lambda: [*gradients(), output])
         return partial(_within, context, gradients)
 
 
 def _within(context: Context, function: Callable[..., Any], *arguments: Tensor) -> Any:
     with context():
         return function(*arguments)
+
+
+def _factor(output: Tensor) -> Tensor:
+    """What dropout multiplied by."""
+    return 2.0 * (output != 0).to(output.dtype)
 
 
 def _rms(value: Tensor) -> Tensor:

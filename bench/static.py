@@ -36,7 +36,7 @@ from bench.compile_record import (
     record_path,
     table,
 )
-from bench.layers import BATCH, CONVOLUTIONS, DROPOUTS, NORMALISED, POOLS
+from bench.layers import BATCH, CONVOLUTIONS, DROPOUTS, FULLY_CONNECTED, NORMALISED, POOLS
 from bench.machine import DTYPES, precision
 from bench.programs import (
     WARP,
@@ -57,7 +57,7 @@ _LARGE_BATCH = 2**15
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 TARGETS = (*GPUS, "gfx942")
 # the last is no op's, but that of docs/kernel-path.md
-STEMS = ("conv", "dropout", "lrn", "lrn_pool", "pool", "lrn_path")
+STEMS = ("conv", "dropout", "linear", "lrn", "lrn_pool", "pool", "lrn_path")
 _EVERYTHING: dict[str, Sequence[str]] = {
     "targets": tuple(GPUS),
     "dtypes": tuple(DTYPES),
@@ -73,6 +73,7 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "conv2d": lambda p: (_ceil(p.KERNEL_H * p.KERNEL_W * p.GROUP_IN, p.BLOCK_K),),
     "conv2d_weight_grad": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_K),),
     "conv2d_epilogue_backward": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_M),),
+    "linear_epilogue_backward": lambda p: (_ceil(p.rows_per_split, p.BLOCK_M),),
     "sum_partials": lambda p: (p.splits // 4, p.splits % 4),  # unrolled by the compiler
     "lrn_max_pool_forward": lambda p: (p.OUT_ROWS,),
     "lrn_max_pool_backward": lambda p: (p.STEPS,) if p.STEPS > 1 else (),
@@ -83,6 +84,9 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
         * (((p.KERNEL_W - 1) * p.DILATION_W) // p.STRIDE_W + 1),
     ),
 }
+
+# The tensors that a kernel writes over what it has read.
+IN_PLACE = {"linear_epilogue": ("y_pointer",)}
 
 
 def _ceil(number: int, unit: int) -> int:
@@ -160,6 +164,10 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         tail: Any = {"size": 5, "kernel_size": 3, "pool_stride": 2, **_PAPER_NORM}
         return lambda: ops.conv2d_bias_relu_lrn_max_pool2d(*arguments, **tail)
 
+    def fully_connected(batch: int, inputs: int, outputs: int, **keywords: Any) -> Any:
+        arguments = tensor(batch, inputs), tensor(outputs, inputs), tensor(outputs)
+        return lambda: ops.linear_bias_relu_dropout(*arguments, **keywords)
+
     for name, layer in CONVOLUTIONS.items():
         yield name, convolution(BATCH, *layer)
     for number, shape in POOLS.items():
@@ -175,15 +183,21 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     for number, (units,) in DROPOUTS.items():
         yield f"dropout{number}", dropping(BATCH, units)
         yield f"dropout{number} shard", dropping(BATCH, units // 2, row_stride=units)
-    for name, batch, shape in (
-        ("odd", _ODD_BATCH, ODD),
-        ("large", _LARGE_BATCH, CONVOLUTIONS["conv2"][0]),
+    for number in DROPOUTS:
+        name = f"fc{number}"
+        yield name, fully_connected(BATCH, *FULLY_CONNECTED[name])
+    yield "fc6 eval", fully_connected(BATCH, *FULLY_CONNECTED["fc6"], training=False)
+    yield "fc6 linear", fully_connected(BATCH, *FULLY_CONNECTED["fc6"], activation="none")
+    for name, batch, shape, outputs in (
+        ("odd", _ODD_BATCH, ODD, ODD[0]),
+        ("large", _LARGE_BATCH, CONVOLUTIONS["conv2"][0], 2**17),
     ):
         yield f"{name} conv", convolution(batch, shape, shape[0], 3, 2, 1, 2)
         yield f"{name} lrn", normalisation(batch, *shape)
         yield f"{name} lrn_pool", normalised_pooling(batch, *shape)
         yield f"{name} pool", pooling(batch, *shape)
         yield f"{name} dropout", dropping(batch, *shape)
+        yield f"{name} linear", fully_connected(batch, shape[0], outputs)
 
 
 def _layer_launch(
@@ -193,7 +207,9 @@ def _layer_launch(
     arguments = dict(zip(kernel.arg_names, launch.arguments, strict=False))
     parameters = SimpleNamespace(**arguments, **launch.constants)
     # a pointer that the kernel does not use is given a tensor that is there already
-    tensors = {id(v): v for v in launch.arguments if isinstance(v, torch.Tensor)}.values()
+    distinct = {id(v): v for v in launch.arguments if isinstance(v, torch.Tensor)}
+    written_over = [arguments[name] for name in IN_PLACE.get(kernel.__name__, ())]
+    tensors = [*distinct.values(), *written_over]
     trips = TRIPS.get(kernel.__name__)
     return LayerLaunch(
         layer,

@@ -8,14 +8,12 @@ per multiply and add), zeros of the padding included; the rest never limits a GP
 from dataclasses import dataclass
 from math import prod
 
-from bench.layers import CONVOLUTIONS, POOLS, Convolution, Shape
+from bench.layers import CONVOLUTIONS, FULLY_CONNECTED, POOLS, Convolution, Shape
 from bench.record import Ceilings
 
 # Bytes per parameter of one pass of SGD with float32 master weights and velocity: both read and
 # written, the gradient read and the network's weight written in the network's dtype.
 _MASTER_BYTES = 16
-
-FULLY_CONNECTED = {"fc6": (9216, 4096), "fc7": (4096, 4096), "fc8": (4096, 1000)}
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,20 @@ def linear(layer: tuple[int, int], batch: int, itemsize: int) -> Work:
     inputs, outputs = layer
     elements = batch * inputs + inputs * outputs + batch * outputs
     return Work(2 * batch * inputs * outputs, elements * itemsize)
+
+
+def fully_connected(layer: tuple[int, int], direction: str, batch: int, itemsize: int) -> Work:
+    """A linear layer with bias, ReLU and dropout; backward is the gradients of all operands.
+
+    Forward writes the output only, which tells backward what was dropped.
+    """
+    inputs, outputs = layer
+    product, bias = linear(layer, batch, itemsize), Work(0, outputs * itemsize)
+    if direction == "forward":
+        return product + bias
+    output_again = Work(0, batch * outputs * itemsize)
+    operands_again = Work(0, (batch + outputs) * inputs * itemsize)  # read; and their gradients
+    return Work(2 * product.flops, product.bytes) + output_again + operands_again + bias
 
 
 def pooled(shape: Shape) -> Shape:

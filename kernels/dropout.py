@@ -33,6 +33,59 @@ def _philox(counter, seed):
 
 
 @triton.jit
+def _words_of_counters(counter, seed):
+    """The words of each counter in the order 0 1 2 3, as two more dimensions of 2."""
+    word0, word1, word2, word3 = _philox(counter, seed)
+    # join adds the fastest index
+    return tl.join(tl.join(word0, word2), tl.join(word1, word3))
+
+
+@triton.jit
+def _words_of_places(
+    place, seed, columns, inner, index_offset, row_stride, CHANNELS_LAST: tl.constexpr
+):
+    """The word of the element at each place (64 bits) of a dense tensor's memory."""
+    column = place % columns
+    if CHANNELS_LAST:
+        channels = columns // inner
+        column = column % channels * inner + column // channels
+    index = index_offset + place // columns * row_stride + column
+    word0, word1, word2, word3 = _philox(index // 4, seed)
+    lane = index % 4
+    lower = tl.where(lane == 0, word0, word1)
+    upper = tl.where(lane == 2, word2, word3)
+    return tl.where(lane < 2, lower, upper)
+
+
+@triton.jit
+def _keeps(
+    program,
+    offsets,
+    seed_pointer,
+    columns,
+    inner,
+    index_offset,
+    row_stride,
+    threshold,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Whether each of a program's elements, which lie at the offsets, is kept."""
+    seed = tl.load(seed_pointer)
+    if ALIGNED:
+        counter = program.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        words = _words_of_counters(counter + index_offset // 4, seed)
+        word = tl.reshape(words, (BLOCK,))
+    else:
+        place = offsets.to(tl.int64)
+        word = _words_of_places(
+            place, seed, columns, inner, index_offset, row_stride, CHANNELS_LAST
+        )
+    return word.to(tl.int64) >= threshold  # threshold is 2**32 where p rounds to 1
+
+
+@triton.jit
 def dropout_apply(
     x_pointer,
     y_pointer,
@@ -55,26 +108,19 @@ def dropout_apply(
     if INT64:
         program = program.to(tl.int64)
     offsets = program * BLOCK + tl.arange(0, BLOCK)
-    seed = tl.load(seed_pointer)
-    if ALIGNED:
-        counter = program.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        word0, word1, word2, word3 = _philox(counter + index_offset // 4, seed)
-        # join adds the fastest index, so the words of a counter come out in the order 0 1 2 3
-        words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
-        word = tl.reshape(words, (BLOCK,))
-    else:
-        place = offsets.to(tl.int64)
-        column = place % columns
-        if CHANNELS_LAST:
-            channels = columns // inner
-            column = column % channels * inner + column // channels
-        index = index_offset + place // columns * row_stride + column
-        word0, word1, word2, word3 = _philox(index // 4, seed)
-        lane = index % 4
-        lower = tl.where(lane == 0, word0, word1)
-        upper = tl.where(lane == 2, word2, word3)
-        word = tl.where(lane < 2, lower, upper)
-    keep = word.to(tl.int64) >= threshold  # threshold is 2**32 where p rounds to 1
+    keep = _keeps(
+        program,
+        offsets,
+        seed_pointer,
+        columns,
+        inner,
+        index_offset,
+        row_stride,
+        threshold,
+        CHANNELS_LAST,
+        ALIGNED,
+        BLOCK,
+    )
     # VECTOR divides count: so written, VECTOR neighbours share their mask visibly
     mask = offsets // VECTOR < count // VECTOR
     x = tl.load(x_pointer + offsets, mask=mask, other=0.0).to(tl.float32)

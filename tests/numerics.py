@@ -458,3 +458,84 @@ def check_dropout(
         truth = value.detach().double() * keeps / kept
         own_error = (value.detach() * noise - truth).abs()
         check(what, result, truth, own_error, 2 * UNIT * truth.abs())
+
+
+def plain_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor | float, activation: str
+) -> Tensor:
+    """The op in PyTorch, with a mask and scale that are given."""
+    output = F.linear(input, weight, bias)
+    return (output.relu() if activation == "relu" else output) * factor
+
+
+def check_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    activation: str = "relu",
+    mode: str = "inverted",
+    **place: Any,
+) -> None:
+    """Output and gradients of linear_bias_relu_dropout with a given seed.
+
+    Floor: that of a sum of K products (see :func:`check_conv`), and as for dropout the rounding
+    of the scale and of its product. K is the inputs (and the bias) for the output, the outputs
+    for the input gradient, the rows for the others.
+
+    As for the convolution, gradients' truths take the ReLU's mask as it came. PyTorch draws other
+    masks: its own result is its formula with this mask, as for dropout.
+    """
+    tensors = [input, weight] if bias is None else [input, weight, bias]
+    ours = leaves(*tensors)
+    keys = {"mode": mode, "seed": seed, **place}
+    bias_of_ours = None if bias is None else ours[2]
+    output = ops.linear_bias_relu_dropout(*ours[:2], bias_of_ours, p, training, activation, **keys)
+    upstream = gradient_like(output)
+    grads = torch.autograd.grad(output, ours, upstream)
+
+    shard = {"index_offset": 0, "row_stride": None, **place}
+    factor = torch.ones(output.shape, dtype=torch.float64, device=output.device)
+    if training:
+        factor *= reference.dropout_keeps(output.shape, p, seed.view(()), **shard)
+        factor /= 1.0 - p if mode == "inverted" and p < 1 else 1.0
+    elif mode == "paper":
+        factor *= 1.0 - p
+
+    def gated(result: Tensor) -> Tensor:
+        gate = upstream.double() * factor
+        return gate if activation == "none" else gate.where(~(result <= 0), 0.0)
+
+    def results(
+        operands: Sequence[Tensor], grad: Tensor, scaled: Tensor, activation: str
+    ) -> tuple[Tensor, ...]:
+        bias = operands[2] if len(operands) > 2 else None
+        result = plain_linear(operands[0], operands[1], bias, scaled, activation)
+        return result, *torch.autograd.grad(result, operands, grad)
+
+    def own_results(*operands: Tensor) -> tuple[Tensor, ...]:
+        return results(operands, upstream, factor.to(upstream.dtype), activation)
+
+    doubles, ones = _double(tensors), torch.ones_like(factor)
+    product, *truths = results(doubles, gated(output), ones, "none")
+    truth = (product.relu() if activation == "relu" else product) * factor
+    own, *own_grads = _own(own_results, tensors, [truth, *truths])
+    own_truths = results(doubles, gated(own), ones, "none")[1:]
+    absolute = leaves(*(tensor.detach().abs() for tensor in doubles))
+    terms, *grad_terms = results(absolute, gated(output).abs(), ones, "none")
+
+    assert output.dtype == input.dtype
+    assert output.is_contiguous()
+    rows = output.numel() // weight.shape[0]
+    scaling = 2 * UNIT * truth.abs()
+    floor = UNIT * math.sqrt(weight.shape[1] + 1) * terms * factor + scaling
+    check("output", output, truth, (own - truth).abs(), floor)
+    names = ("input gradient", "weight gradient", "bias gradient")
+    lengths = (weight.shape[0], rows, rows)
+    for index, grad in enumerate(grads):
+        assert grad.dtype == tensors[index].dtype
+        own_error = (own_grads[index] - own_truths[index]).abs()
+        floor = UNIT * (math.sqrt(lengths[index]) + 2) * grad_terms[index]
+        check(names[index], grad, truths[index], own_error, floor)

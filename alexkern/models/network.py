@@ -110,11 +110,7 @@ class AlexNet(nn.Module):
         x = self._pool(self._convolve(self.conv5, x, 1))
         x = x.flatten(1)
         for index, layer in enumerate((self.fc6, self.fc7)):
-            seed = None if dropout_seeds is None else dropout_seeds[index]
-            if preset.dropout_before:
-                x = layer(self._drop(x, seed)).relu()
-            else:
-                x = self._drop(layer(x).relu(), seed)
+            x = self._connect(layer, x, None if dropout_seeds is None else dropout_seeds[index])
         logits: Tensor = self.fc8(x)
         return logits
 
@@ -173,9 +169,15 @@ class AlexNet(nn.Module):
         assert isinstance(output, Tensor)  # a pair only if indices are asked for
         return output
 
-    def _drop(self, x: Tensor, seed: Tensor | None) -> Tensor:
+    def _connect(self, layer: nn.Linear, x: Tensor, seed: Tensor | None) -> Tensor:
+        """A hidden layer with its dropout (paper section 4.2)."""
         preset = self.preset
-        return ops.dropout(x, preset.dropout, self.training, mode=preset.dropout_mode, seed=seed)
+        p, mode = preset.dropout, preset.dropout_mode
+        if preset.dropout_before:
+            x, p = ops.dropout(x, p, self.training, mode=mode, seed=seed), 0.0
+        return ops.linear_bias_relu_dropout(
+            x, layer.weight, layer.bias, p, self.training, mode=mode, seed=seed
+        )
 
 
 def spatial_response_norm(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Importing this package costs little: no CUDA call, and triton loads with the fir
 from alexkern.ops.conv import conv2d_bias_relu
 from alexkern.ops.conv_lrn_pool import conv2d_bias_relu_lrn_max_pool2d
 from alexkern.ops.dropout import dropout
+from alexkern.ops.linear import linear_bias_relu_dropout
 from alexkern.ops.lrn import local_response_norm
 from alexkern.ops.lrn_pool import lrn_max_pool2d
 from alexkern.ops.pool import max_pool2d
@@ -14,6 +15,7 @@ __all__ = [
     "conv2d_bias_relu",
     "conv2d_bias_relu_lrn_max_pool2d",
     "dropout",
+    "linear_bias_relu_dropout",
     "local_response_norm",
     "lrn_max_pool2d",
     "max_pool2d",

@@ -1,6 +1,9 @@
-"""Argument checks that several ops share."""
+"""What several ops do with their arguments alike."""
 
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -16,3 +19,29 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     if len(values) not in (1, 2):
         raise RuntimeError(f"{name} must be one int or a tuple of two ints, got {value!r}")
     return values[0], values[-1]
+
+
+def check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse weight or bias of another dtype than the input's.
+
+    Raises:
+        RuntimeError: as PyTorch.
+    """
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise RuntimeError(
+                f"Input type ({input.dtype}) and {name} type ({tensor.dtype}) should be the same"
+            )
+
+
+def autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in autocast's dtype, where autocast is on and casts them."""
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input, weight, bias
+    if torch.float64 in (input.dtype, weight.dtype):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from alexkern import reference
-from alexkern.ops.arguments import pair
+from alexkern.ops.arguments import autocast, check_dtypes, pair
 from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
 from alexkern.runtime.launch import device_code, empty, interpreted, launch
@@ -114,8 +114,8 @@ def checked(
     strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
     _check_operands(input, weight, bias, groups)
     pads = _four_sides(padding, weight, strides, dilations)
-    input, weight, bias = _autocast(input, weight, bias)
-    _check_dtypes(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
+    check_dtypes(input, weight, bias)
     extents = Extents(strides, pads, dilations, groups)
     extents.output_size(input, weight)
     return input, weight, bias, extents
@@ -154,14 +154,6 @@ def _check_operands(input: Tensor, weight: Tensor, bias: Tensor | None, groups: 
         )
 
 
-def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise RuntimeError(
-                f"Input type ({input.dtype}) and {name} type ({tensor.dtype}) should be the same"
-            )
-
-
 def _four_sides(
     padding: int | Sequence[int] | str,
     weight: Tensor,
@@ -195,19 +187,6 @@ def _four_sides(
     if min(left, right, top, bottom) < 0:
         raise RuntimeError(f"negative padding is not supported, got padding={padding}")
     return left, right, top, bottom
-
-
-def _autocast(
-    input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands in autocast's dtype, where autocast is on and casts them."""
-    device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return input, weight, bias
-    if torch.float64 in (input.dtype, weight.dtype):
-        return input, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -369,9 +348,11 @@ def _matmul_constants(source: Tensor, tile: config.MatmulConfig) -> dict[str, An
     }
 
 
-def _split(tensor: Tensor, programs: int, length: int, block: int) -> tuple[int, int]:
+def split_sum(
+    tensor: Tensor, programs: int, length: int, block: int, least_steps: int = 8
+) -> tuple[int, int]:
     """Number of partial sums and length of each, a multiple of ``block``."""
-    wanted = config.splits(tensor, programs, length, block)
+    wanted = config.splits(tensor, programs, length, block, least_steps)
     each = -(-length // (wanted * block)) * block
     return -(-length // each), each
 
@@ -386,7 +367,7 @@ def convolution_weight_grad(
     tile = config.matmul(input, geometry.GROUP_IN, geometry.GROUP_OUT, products, pixels)
     tiles = -(-geometry.GROUP_OUT // tile.block_m) * -(-products // tile.block_n)
     programs = tiles * (channels // geometry.GROUP_OUT)
-    splits, pixels_per_split = _split(output_grad, programs, pixels, tile.block_k)
+    splits, pixels_per_split = split_sum(output_grad, programs, pixels, tile.block_k)
     weight_grad = empty(weight.shape, weight, channels_last=is_channels_last(weight))
     partial = weight_grad
     if splits > 1:
@@ -410,7 +391,7 @@ def convolution_weight_grad(
         **_matmul_constants(input, tile),
     )
     if splits > 1:
-        _sum_partials(partial, weight_grad)
+        sum_partials(partial, weight_grad)
     return weight_grad
 
 
@@ -426,7 +407,7 @@ def _epilogue_backward(
     channels_last = is_channels_last(output_grad)
     tile = config.column_sum(output_grad, images * image_pixels, channels, channels_last)
     programs = -(-channels // tile.block_n)
-    splits, pixels_per_split = _split(output_grad, programs, images * image_pixels, tile.block_m)
+    splits, pixels_per_split = split_sum(output_grad, programs, images * image_pixels, tile.block_m)
     masked = output_grad
     if relu:
         masked = empty(output_grad.shape, output_grad, channels_last=channels_last)
@@ -452,11 +433,12 @@ def _epilogue_backward(
     if not needs_bias:
         return masked, None
     bias_grad = empty((channels,), output_grad)
-    _sum_partials(partial, bias_grad)
+    sum_partials(partial, bias_grad)
     return masked, bias_grad
 
 
-def _sum_partials(partial: Tensor, result: Tensor) -> None:
+def sum_partials(partial: Tensor, result: Tensor) -> None:
+    """Write the sum of ``partial``, float32 [splits, *], over its splits into ``result``."""
     blocks = config.pointwise(result, 1)
     launch(
         device_code("conv").sum_partials,

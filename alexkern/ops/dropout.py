@@ -58,6 +58,33 @@ def dropout(
         RuntimeError: ``inplace`` on a leaf that requires grad or on overlapping memory, an
             input that is not floating-point, or a ``p`` that is NaN.
     """
+    check_arguments(input, p, mode, seed, index_offset, row_stride)
+    if p == 0.0 or input.numel() == 0 or (not training and mode == "inverted"):
+        return input
+    check_floating_point(input)
+    scale = kept_scale(p, training, mode)
+    if not training:
+        return input.mul_(scale) if inplace else input * scale
+
+    if seed is None:
+        seed = draw_seed(input.device)
+    if runs_triton("dropout", input):
+        threshold = reference.dropout_threshold(p)
+        output = _Dropout.apply(input, seed, threshold, scale, index_offset, row_stride)
+    else:
+        output = reference.dropout(input, p, scale, seed.view(()), index_offset, row_stride)
+    return input.copy_(output) if inplace else output
+
+
+def check_arguments(
+    input: Tensor,
+    p: float,
+    mode: str,
+    seed: Tensor | None,
+    index_offset: int,
+    row_stride: int | None,
+) -> None:
+    """Refuse what :func:`dropout` refuses of these arguments."""
     if p < 0.0 or p > 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if p != p:
@@ -71,23 +98,6 @@ def dropout(
         )
     if seed is not None:
         _check_seed(seed, input)
-    if p == 0.0 or input.numel() == 0 or (not training and mode == "inverted"):
-        return input
-    if not input.is_floating_point():
-        raise RuntimeError(f"dropout needs a floating-point input, got {input.dtype}")
-    if not training:
-        return input.mul_(1.0 - p) if inplace else input * (1.0 - p)
-
-    # p = 1 drops everything, and 1 / (1 - p) is never used
-    scale = 1.0 if mode == "paper" or p == 1.0 else 1.0 / (1.0 - p)
-    if seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
-    if runs_triton("dropout", input):
-        threshold = reference.dropout_threshold(p)
-        output = _Dropout.apply(input, seed, threshold, scale, index_offset, row_stride)
-    else:
-        output = reference.dropout(input, p, scale, seed.view(()), index_offset, row_stride)
-    return input.copy_(output) if inplace else output
 
 
 def _check_seed(seed: Tensor, input: Tensor) -> None:
@@ -98,6 +108,25 @@ def _check_seed(seed: Tensor, input: Tensor) -> None:
             f"seed must be an int64 tensor of one element on {input.device}, got "
             f"{seed.dtype} of shape {list(seed.shape)} on {seed.device}"
         )
+
+
+def check_floating_point(input: Tensor) -> None:
+    """Integers cannot be dropped from."""
+    if not input.is_floating_point():
+        raise RuntimeError(f"dropout needs a floating-point input, got {input.dtype}")
+
+
+def kept_scale(p: float, training: bool, mode: str) -> float:
+    """What kept elements are multiplied by."""
+    if mode == "paper":
+        return 1.0 if training else 1.0 - p
+    # p = 1 keeps none
+    return 1.0 / (1.0 - p) if training and p < 1.0 else 1.0
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A new seed from torch's generator, on the device."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 class _Dropout(Function):

@@ -14,10 +14,12 @@ BACKENDS = ("auto", "triton", "torch")
 _selected: ContextVar[str | None] = ContextVar("alexkern_backend", default=None)
 
 # What `auto` takes on a GPU. No timing on a GPU is on record yet: these follow from the bytes
-# that each side moves (LRN, pool, dropout), and an unmeasured convolution gets the vendor's.
+# that each side moves, and an unmeasured convolution gets the vendor's. The matrix products of
+# `linear` are the vendor's in any case.
 _AUTO_ON_GPU = {
     "conv": "torch",
     "dropout": "triton",
+    "linear": "triton",
     "lrn": "triton",
     "lrn_pool": "triton",
     "pool": "triton",

@@ -171,15 +171,15 @@ def column_sum(tensor: Tensor, pixels: int, channels: int, channels_last: bool) 
     return ColumnSumConfig(32, 64, 4) if channels_last else ColumnSumConfig(256, 8, 4)
 
 
-def splits(tensor: Tensor, programs: int, length: int, block: int) -> int:
+def splits(tensor: Tensor, programs: int, length: int, block: int, least_steps: int = 8) -> int:
     """Into how many partial sums to cut a sum of ``length``, taken in steps of ``block``.
 
-    Enough for two programs per multiprocessor, but at least eight steps each.
+    Enough for two programs per multiprocessor, but at least ``least_steps`` each.
     """
     if for_interpreter(tensor):
         return 1
     wanted = -(-2 * _MULTIPROCESSORS // programs)
-    return max(1, min(wanted, length // (8 * block)))
+    return max(1, min(wanted, length // (least_steps * block)))
 
 
 def candidates(kind: type[PointwiseConfig] | type[MatmulConfig]) -> list[Any]:

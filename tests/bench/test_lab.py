@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import bench_conv, bench_dropout, bench_lrn, bench_pool, machine
+from bench import bench_conv, bench_dropout, bench_linear, bench_lrn, bench_pool, machine
 from bench.lab import DeviceLostError, Lab, Variant
 from bench.ladder import INFERENCE, TRAINING, Ladder
-from bench.operation import Operation, implementations
+from bench.operation import Implementation, Operation, implementations
 from bench.record import Key, Record, load
 from bench.work import Work
 from tests.records import record
@@ -85,6 +85,7 @@ SUBJECTS = [
     bench_lrn.subject("1", True),
     bench_pool.subject("1", True),
     bench_dropout.subject("6", True),
+    bench_linear.subject("6", True),
 ]
 
 
@@ -175,14 +176,24 @@ def test_weights_stay_while_training_is_timed(lab: Lab) -> None:
     assert all(map(torch.equal, weights, step.__self__._network.parameters()))
 
 
-def test_dropout_must_keep_half() -> None:
-    subject = bench_dropout.subject("6")
-    assert subject.error_ratio is not None
-    read: Tensor = torch.randn(128, 4096)
-    kept = 2 * read * (torch.rand_like(read) < 0.5)
-    assert subject.error_ratio(kept, read) <= 1
-    assert subject.error_ratio(2 * read * (torch.rand_like(read) < 0.51), read) > 1
-    assert subject.error_ratio(read, read) > 1
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("bench", [bench_dropout, bench_linear])
+def test_dropout_must_keep_half(bench: Any, direction: str) -> None:
+    subject = bench.subject("6", True)
+    made = Operation(subject, direction, 128, torch.float32, CPU, 0)
+
+    def ratio(p: float, scale: float) -> float:
+        def dropping(*operands: Tensor) -> Tensor:
+            values = subject.before_dropout(*operands)
+            return values * (torch.rand_like(values) >= p) * scale
+
+        variant = made.variant(Implementation(dropping, channels_last=False))
+        return variant.error_ratio(variant.build()[0]())
+
+    assert ratio(0.5, 2) <= 1
+    assert ratio(0.55, 2) > 1
+    assert ratio(0.5, 1.99) > 1
+    assert ratio(0, 1) > 1
 
 
 def test_precision_is_put_back() -> None:

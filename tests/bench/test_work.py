@@ -5,7 +5,7 @@ import torch
 
 from alexkern.models import alexnet
 from bench import work
-from bench.layers import CONVOLUTIONS, POOLS
+from bench.layers import CONVOLUTIONS, FULLY_CONNECTED, POOLS
 from bench.record import Ceilings
 
 H200 = Ceilings(4.3e12, {"bf16": 790e12, "tf32": 395e12})
@@ -40,6 +40,21 @@ def test_backward_of_a_convolution() -> None:
     assert backward.bytes == 2 * (y + y + x + w + x + w + 256)
     forward, backward = (work.convolution(first, d, 128, 2) for d in ("forward", "backward"))
     assert backward.flops == forward.flops
+
+
+@pytest.mark.parametrize(
+    ("layer", "direction", "gflop", "megabytes"),
+    [
+        ("fc6", "forward", 9.66, 78.9),
+        ("fc6", "backward", 19.33, 157.8),
+        ("fc7", "forward", 4.29, 35.7),
+        ("fc7", "backward", 8.59, 71.3),
+    ],
+)
+def test_fully_connected(layer: str, direction: str, gflop: float, megabytes: float) -> None:
+    counted = work.fully_connected(FULLY_CONNECTED[layer], direction, 128, 2)
+    assert counted.flops / 1e9 == pytest.approx(gflop, abs=0.01)
+    assert counted.bytes / 1e6 == pytest.approx(megabytes, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,18 @@ def recorded(monkeypatch):
         record["dropout"].append((x.shape[1], p, training, mode))
         return original["dropout"](x, p, training, mode=mode, seed=seed)
 
+    def linear(x, weight, bias, p, training, *, mode, seed):
+        if p:
+            record["dropout"].append((weight.shape[0], p, training, mode))
+        layer = original["linear_bias_relu_dropout"]
+        return layer(x, weight, bias, p, training, mode=mode, seed=seed)
+
     replacements = {
         "conv2d_bias_relu": convolve,
         "max_pool2d": pool,
         "local_response_norm": norm,
         "dropout": dropout,
+        "linear_bias_relu_dropout": linear,
     }
     original = {name: getattr(ops, name) for name in replacements}
     for name, function in replacements.items():

@@ -12,6 +12,7 @@ from numerics import (
     check_conv_lrn_pool,
     check_dropout,
     check_format,
+    check_linear,
     check_lrn,
     check_lrn_pool,
     check_pool,
@@ -25,8 +26,10 @@ from alexkern import ops
 from alexkern.runtime import launch
 from alexkern.runtime.config import shipped_configurations
 
-STEMS = ["conv", "lrn", "pool", "dropout", "lrn_pool", "conv_lrn_pool"]
-WITH_WEIGHTS = ("conv", "conv_lrn_pool")
+# whose result has the layout of the input
+SPATIAL = ["conv", "lrn", "pool", "dropout", "lrn_pool", "conv_lrn_pool"]
+STEMS = [*SPATIAL, "linear"]
+WITH_WEIGHTS = ("conv", "conv_lrn_pool", "linear")
 SHAPE = (2, 6, 7, 5)
 
 
@@ -55,6 +58,9 @@ def call(stem, input, weight, bias, seed):
     if stem == "conv_lrn_pool":
         tail = {"size": 4, "alpha": 0.5, "kernel_size": (2, 1), "pool_stride": 1}
         return ops.conv2d_bias_relu_lrn_max_pool2d(input, weight, bias, 1, 1, groups=2, **tail)
+    if stem == "linear":
+        matrix = weight.flatten(1)[:, :6]
+        return ops.linear_bias_relu_dropout(input.movedim(1, -1), matrix, bias, 0.4, seed=seed)
     return ops.dropout(input, 0.4, seed=seed)
 
 
@@ -70,12 +76,14 @@ def check_by_rule(stem, input, weight, bias, seed):
     elif stem == "conv_lrn_pool":
         geometry = {"padding": 1, "groups": 2}
         check_conv_lrn_pool(input, weight, bias, geometry, 4, (2, 1), 1, alpha=0.5)
+    elif stem == "linear":
+        check_linear(input.movedim(1, -1), weight.flatten(1)[:, :6], bias, seed, 0.4)
     else:
         check_dropout(input, seed, 0.4)
 
 
 def check_grads_of(stem, input, others):
-    """Output, and gradients of the input and (for convolutions) of weight and bias."""
+    """Output, and what has a gradient: the input, and weight and bias where the op has them."""
     others = dict(others)
     wanted = leaves(input)
     if stem in WITH_WEIGHTS:
@@ -143,7 +151,7 @@ def test_upstream_gradient_of_any_strides(randn, triton, operands, stem, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", SPATIAL)
 def test_no_copy_of_either_layout(randn, triton, operands, launches, stem, layout):
     (input,) = leaves(randn(*SHAPE, layout=layout))
     output = call(stem, input, **operands())
@@ -241,7 +249,7 @@ def test_results_share_no_memory(randn, triton, operands, stem):
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", SPATIAL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saved_for_backward(randn, triton, operands, stem, dtype):
     """Exactly these tensors are kept, and no copies of them."""
@@ -309,7 +317,7 @@ def test_nan_upstream_gradient(randn, backend, operands, stem):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", SPATIAL)
 def test_one_pixel_keeps_the_format(randn, triton, operands, stem, layout):
     """Where the result's format is ambiguous, the gradient still has the input's."""
     (input,) = leaves(randn(2, 6, 2, 1, layout=layout))
