@@ -64,7 +64,7 @@ def augment_crops(
         left = _corner(corners_pointer + 2 * image + 1, width - crop_width)
         flip = tl.load(flips_pointer + image) != 0
         if INT64:
-            image = image.to(tl.int64)
+            image = tl.cast(image, tl.int64)
         crop_pointer = images_pointer + ((image * height + top) * width + left) * 3
         pixel = tl.load(crop_pointer + tl.where(flip, mirrored, straight))
         y = pixel.to(tl.float32) - mean
