@@ -161,7 +161,8 @@ def augment(
     if shift is not None:
         value += shift[:, None, None, :]
     value *= 1.0 / std
-    return value.to(dtype).permute(0, 3, 1, 2)
+    output: Tensor = value.to(dtype).permute(0, 3, 1, 2)
+    return output
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:

@@ -49,7 +49,8 @@ def subject(dtype: str = "bf16", trial: bool = False) -> Subject:
         crops = images.unflatten(2, (-1, 3))[image, row[:, :, None], column[:, None, :]]
         value = (crops.to(mean.dtype) - mean + shift[:, None, None, :]) / STD
         exact = mean.dtype == torch.float64
-        return value.to(torch.float64 if exact else DTYPES[dtype]).permute(0, 3, 1, 2)
+        output: Tensor = value.to(torch.float64 if exact else DTYPES[dtype])
+        return output.permute(0, 3, 1, 2)
 
     return Subject(
         "augment",

@@ -33,7 +33,6 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-
 class Batches(torch.utils.data.Dataset["Batch | DataError"]):
     """A sequence of batches, any of which can be made at any time by any worker.
 
