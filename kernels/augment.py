@@ -13,10 +13,10 @@ Layout: a crop is written as [row, column, channel] (channels_last). Its row is 
 consecutive values, and consecutive bytes of the image; mirrored, value j of a row is byte
 3 * (crop_width - 1) - j + 2 * (j % 3), as pixels change places and their channels do not.
 
-A program owns BLOCK * VECTOR consecutive values of the crop, in IMAGES images: the mean and
-where the values lie are worked out once for all of them (read again for every image, the float32
-mean alone would be more traffic than the rest). Each image's bytes are read once and each value
-is written once, VECTOR neighbours together; VECTOR divides the row.
+A program owns BLOCK * VECTOR consecutive values of the crop, in images_per_program images: the
+mean, and where the values lie, are found once for all of them (read again for every image, the
+float32 mean alone would be more traffic than the rest). Each image's bytes are read once and each
+value is written once, VECTOR neighbours together; VECTOR divides the row.
 """
 
 import triton
