@@ -174,5 +174,36 @@ def _multiply_32(value: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & 0xFFFFFFFF
 
 
+def augment(
+    images: Tensor,
+    corners: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: float,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``((pixel - mean) + shift) * (1 / std)`` of each image's crop, mirrored where flips say so.
+
+    Corners are clamped to those whose crop, of the size of ``mean``, lies within the image.
+    """
+    batch, height, width, _ = images.shape
+    top, left = (
+        corners[:, axis, None].clamp(0, images.shape[axis + 1] - mean.shape[axis])
+        + torch.arange(mean.shape[axis], device=images.device)
+        for axis in (0, 1)
+    )
+    column = left.flip(1).where(flips[:, None], left)
+    row = torch.arange(batch, device=images.device)[:, None] * height + top
+    place = row[:, :, None] * width + column[:, None, :]
+    pixels = images.flatten(0, 2).index_select(0, place.flatten()).unflatten(0, place.shape)
+    value = pixels.float() - mean
+    if shift is not None:
+        value += shift[:, None, None, :]
+    value *= 1.0 / std
+    output: Tensor = value.to(dtype).permute(0, 3, 1, 2)
+    return output
+
+
 def _compute_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32

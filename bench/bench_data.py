@@ -1,6 +1,6 @@
 """Images per second of the data pipeline on one core, per step, at the paper's sizes.
 
-From a folder of JPEG files it stands beside torchvision's: the same steps from the same files.
+From a folder of JPEG files it stands beside torchvision's: the same step from the same files.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from alexkern.data.batches import to_input, training_batches
-from alexkern.data.dataset import Split, load_dataset
+from alexkern import ops
+from alexkern.data import Batches, Split, iterate, load_dataset, training_batches
 from alexkern.models import PRESETS
 from bench.conftest import Keep
 from bench.layers import BATCH
@@ -34,18 +34,30 @@ def _key(step: str, variant: str = "alexkern") -> Key:
     return Key("data", "data", step, "", "", BATCH, variant)
 
 
-def _crops(split: Split) -> Any:
+def _batches(split: Split) -> Batches:
     margin = PAPER.stored_size - PAPER.crop_size
-    return training_batches(split, 0, 0, BATCH, PAPER.crop_size, margin, flip=True)
+    return training_batches(split, 0, 0, BATCH, margin, flip=True)
 
 
-def test_stored_images_to_crops(benchmark: Any, keep: Keep) -> None:
-    """From uint8 images in memory to a batch of random crops and flips."""
+def _in_memory() -> Batches:
     shape = (2 * BATCH, PAPER.stored_size, PAPER.stored_size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    batches = _crops(Split(images, np.zeros(len(images), np.int64)))
+    return _batches(Split(images, np.zeros(len(images), np.int64)))
+
+
+def test_stored_images_to_batch(benchmark: Any, keep: Keep) -> None:
+    """From uint8 images in memory to a batch of them, with random corners and flips."""
+    batches = _in_memory()
     benchmark(lambda: batches[1])
-    keep(_key("stored_images_to_crops"))
+    keep(_key("stored_images_to_batch"))
+
+
+def test_batch_to_input(benchmark: Any, keep: Keep) -> None:
+    """Crops and the float work, which belong on the GPU where there is one."""
+    (batch,) = iterate(_in_memory(), first=1)
+    mean = torch.full((PAPER.crop_size, PAPER.crop_size, 3), 120.0)
+    benchmark(lambda: ops.augment(batch.images, batch.corners, batch.flips, mean))
+    keep(_key("batch_to_input"))
 
 
 @pytest.fixture(scope="module")
@@ -63,35 +75,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _alexkern(folder: Path) -> Callable[[], torch.Tensor]:
-    batches = _crops(load_dataset(str(folder), PAPER.stored_size).train)
-    return lambda: batches[0][0]
+    batches = _batches(load_dataset(str(folder), PAPER.stored_size).train)
+    return lambda: next(iterate(batches)).images
 
 
 def _torchvision(folder: Path) -> Callable[[], torch.Tensor]:
-    """Its ImageFolder, and its transforms for the paper's preparation and augmentation."""
+    """Its ImageFolder, and its transforms for the paper's preparation."""
     try:
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
     except (ImportError, RuntimeError) as error:  # RuntimeError: made for another torch
         pytest.skip(f"needs a torchvision that fits torch: {str(error).splitlines()[0]}")
-    prepare = v2.Compose([v2.Resize(PAPER.stored_size), v2.CenterCrop(PAPER.stored_size)])
-    augment = v2.Compose([v2.RandomCrop(PAPER.crop_size), v2.RandomHorizontalFlip()])
-    images = ImageFolder(folder / "train", v2.Compose([prepare, augment, v2.PILToTensor()]))
+    size = PAPER.stored_size
+    prepare = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+    images = ImageFolder(folder / "train", prepare)
     return lambda: torch.stack([images[index][0] for index in range(BATCH)])
 
 
-def test_jpeg_folder_to_crops(benchmark: Any, keep: Keep, folder: Path, variant: str) -> None:
-    """Decoded, shorter side to 256, centre of 256x256, random crop and flip, one uint8 batch."""
+def test_jpeg_folder_to_batch(benchmark: Any, keep: Keep, folder: Path, variant: str) -> None:
+    """Decoded, shorter side to 256, centre of 256x256, one uint8 batch."""
     make = {"alexkern": _alexkern, "torchvision": _torchvision}[variant](folder)
-    size = PAPER.crop_size
+    size = PAPER.stored_size
     assert sorted(make().shape) == sorted((BATCH, size, size, 3))
     benchmark(make)
-    keep(_key("jpeg_folder_to_crops", variant))
-
-
-def test_crops_to_input(benchmark: Any, keep: Keep) -> None:
-    """The float work, which belongs on the GPU where there is one."""
-    crops = torch.randint(256, (BATCH, PAPER.crop_size, PAPER.crop_size, 3), dtype=torch.uint8)
-    mean = torch.full((PAPER.stored_size, PAPER.stored_size, 3), 120.0)
-    benchmark(lambda: to_input(crops, mean, PAPER.input_std))
-    keep(_key("crops_to_input"))
+    keep(_key("jpeg_folder_to_batch", variant))

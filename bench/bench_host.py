@@ -32,6 +32,10 @@ class _Identity(torch.autograd.Function):
 
 
 _SEED = torch.zeros((), dtype=torch.int64, device="meta")
+_IMAGES = torch.empty(128, 256, 256, 3, dtype=torch.uint8, device="meta")
+_CORNERS = torch.empty(128, 2, dtype=torch.int64, device="meta")
+_FLIPS = torch.empty(128, dtype=torch.bool, device="meta")
+_MEAN = torch.empty(224, 224, 3, device="meta")
 
 CALLS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "autograd.Function": lambda x, w: _Identity.apply(x),
@@ -42,6 +46,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "linear_bias_relu_dropout": lambda x, w: ops.linear_bias_relu_dropout(
         x.view(-1, 48), w.view(-1, 48), seed=None if x.is_cuda else _SEED
     ),
+    "augment": lambda x, w: ops.augment(_IMAGES, _CORNERS, _FLIPS, _MEAN),
 }
 THEIRS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "conv2d_bias_relu": lambda x, w: F.conv2d(x, w, None, 1, 2, 1, 2).relu(),

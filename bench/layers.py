@@ -32,6 +32,8 @@ class Convolution(NamedTuple):
         return rows, (width + left + right - self.kernel) // self.stride + 1
 
 
+# side of the stored images, height and width of a crop (section 4.1)
+AUGMENTATION = (256, 224, 224)
 CONVOLUTIONS = {
     "conv1": Convolution((3, 224, 224), 96, 11, 4, (0, 3, 0, 3), 1),
     "conv2": Convolution((96, 27, 27), 256, 5, 1, 2, 2),

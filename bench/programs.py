@@ -75,7 +75,7 @@ def compilation(launch: Launch) -> Compilation:
     signature, divisible, constants = [], [], dict(launch.constants)
     for parameter, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):
         if isinstance(value, torch.Tensor):
-            types = {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
+            types = {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1"}
             types |= {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
             signature.append((parameter, "*" + types[value.dtype]))
             divisible.append(parameter)  # fresh allocations are aligned to more than 16 bytes

@@ -36,7 +36,15 @@ from bench.compile_record import (
     record_path,
     table,
 )
-from bench.layers import BATCH, CONVOLUTIONS, DROPOUTS, FULLY_CONNECTED, NORMALISED, POOLS
+from bench.layers import (
+    AUGMENTATION,
+    BATCH,
+    CONVOLUTIONS,
+    DROPOUTS,
+    FULLY_CONNECTED,
+    NORMALISED,
+    POOLS,
+)
 from bench.machine import DTYPES, precision
 from bench.programs import (
     WARP,
@@ -57,7 +65,7 @@ _LARGE_BATCH = 2**15
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 TARGETS = (*GPUS, "gfx942")
 # the last is no op's, but that of docs/kernel-path.md
-STEMS = ("conv", "dropout", "linear", "lrn", "lrn_pool", "pool", "lrn_path")
+STEMS = ("augment", "conv", "dropout", "linear", "lrn", "lrn_pool", "pool", "lrn_path")
 _EVERYTHING: dict[str, Sequence[str]] = {
     "targets": tuple(GPUS),
     "dtypes": tuple(DTYPES),
@@ -70,6 +78,7 @@ _PAPER_NORM: Any = {"alpha": 1e-4, "beta": 0.75, "k": 2.0, "alpha_mode": "sum"}
 # How often a kernel's loops are run, from its parameters: one number if all loops make as many
 # trips, else one per loop that the compiler leaves in the program, in order.
 TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
+    "augment_crops": lambda p: (p.images_per_program,),
     "conv2d": lambda p: (_ceil(p.KERNEL_H * p.KERNEL_W * p.GROUP_IN, p.BLOCK_K),),
     "conv2d_weight_grad": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_K),),
     "conv2d_epilogue_backward": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_M),),
@@ -168,6 +177,21 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         arguments = tensor(batch, inputs), tensor(outputs, inputs), tensor(outputs)
         return lambda: ops.linear_bias_relu_dropout(*arguments, **keywords)
 
+    def augmentation(batch: int, stored: int, *crop: int, shifted: bool = False) -> Any:
+        def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        images, mean = meta(torch.uint8, batch, stored, stored, 3), meta(torch.float32, *crop, 3)
+        corners, flips = meta(torch.int64, batch, 2), meta(torch.bool, batch)
+        shift = meta(torch.float32, batch, 3) if shifted else None
+        arguments = images, corners, flips, mean, 57.6, shift
+        return lambda: ops.augment(*arguments, dtype=DTYPES[dtype])
+
+    if layout == "nhwc":  # the only layout of the result
+        yield "augment", augmentation(BATCH, *AUGMENTATION)
+        yield "augment shift", augmentation(BATCH, *AUGMENTATION, shifted=True)
+        yield "odd augment", augmentation(_ODD_BATCH, 11, 7, 8, shifted=True)
+        yield "large augment", augmentation(_LARGE_BATCH, *AUGMENTATION)
     for name, layer in CONVOLUTIONS.items():
         yield name, convolution(BATCH, *layer)
     for number, shape in POOLS.items():
@@ -206,10 +230,6 @@ def _layer_launch(
     kernel = launch.kernel
     arguments = dict(zip(kernel.arg_names, launch.arguments, strict=False))
     parameters = SimpleNamespace(**arguments, **launch.constants)
-    # a pointer that the kernel does not use is given a tensor that is there already
-    distinct = {id(v): v for v in launch.arguments if isinstance(v, torch.Tensor)}
-    written_over = [arguments[name] for name in IN_PLACE.get(kernel.__name__, ())]
-    tensors = [*distinct.values(), *written_over]
     trips = TRIPS.get(kernel.__name__)
     return LayerLaunch(
         layer,
@@ -220,7 +240,7 @@ def _layer_launch(
         compilation(launch),
         programs=prod(launch.grid),
         elements=_elements(kernel.__name__, parameters),
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        bytes=_bytes(kernel.__name__, parameters),
         flops=_flops(kernel.__name__, parameters),
         trips=trips(parameters) if trips else None,
     )
@@ -233,6 +253,17 @@ def _elements(kernel: str, parameters: Any) -> int:
         if hasattr(parameters, name):
             return int(getattr(parameters, name).numel())
     raise ValueError(f"{kernel} has no parameter that bench.static knows as its result")
+
+
+def _bytes(kernel: str, parameters: Any) -> int:
+    """Of all tensors; of stored images those of the crops, one for each value of the result."""
+    # a pointer that the kernel does not use is given a tensor that is there already
+    tensors = {id(v): v for v in vars(parameters).values() if isinstance(v, torch.Tensor)}
+    sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
+    if kernel == "augment_crops":
+        sizes[id(parameters.images_pointer)] = parameters.result_pointer.numel()
+    written_over = [getattr(parameters, name) for name in IN_PLACE.get(kernel, ())]
+    return sum(sizes.values()) + sum(sizes[id(tensor)] for tensor in written_over)
 
 
 def _flops(kernel: str, parameters: Any) -> int:

@@ -71,6 +71,15 @@ def normalisation_pooling(
     return pooling(shape, batch, itemsize, training) + Work(0, again)
 
 
+def augmentation(crop: tuple[int, int], batch: int, itemsize: int) -> Work:
+    """Reads each crop's bytes and the float32 mean, writes the crops in the network's dtype.
+
+    Besides, of each image: its corner (int64), flip and float32 shift of the colours.
+    """
+    values = 3 * prod(crop)
+    return Work(0, batch * (values * (1 + itemsize) + 2 * 8 + 1 + 3 * 4) + 4 * values)
+
+
 def pointwise(count: int, itemsize: int) -> Work:
     """One read and one write of each element."""
     return Work(0, 2 * count * itemsize)

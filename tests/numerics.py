@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -539,3 +540,55 @@ def check_linear(
         own_error = (own_grads[index] - own_truths[index]).abs()
         floor = UNIT * (math.sqrt(lengths[index]) + 2) * grad_terms[index]
         check(names[index], grad, truths[index], own_error, floor)
+
+
+def plain_augment(
+    images: Tensor,
+    corners: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: float = 1.0,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Centred pixels and the op's result, image by image, in numpy's float64."""
+    height, width, _ = mean.shape
+    crops = []
+    for image, (top, left), flip in zip(
+        images.cpu().numpy(), corners.tolist(), flips.tolist(), strict=True
+    ):
+        top = sorted((0, top, image.shape[0] - height))[1]
+        left = sorted((0, left, image.shape[1] - width))[1]
+        crop = image[top : top + height, left : left + width]
+        crops.append(np.fliplr(crop) if flip else crop)
+    centred = np.array(crops, np.float64) - mean.cpu().double().numpy()
+    shifts = 0.0 if shift is None else shift.cpu().double().numpy()[:, None, None]
+    return tuple(
+        torch.from_numpy(value).to(images.device).permute(0, 3, 1, 2)
+        for value in (centred, (centred + shifts) / std)
+    )
+
+
+def check_augment(
+    images: Tensor,
+    corners: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: float = 1.0,
+    shift: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """The output of augment, and in float32 that its bits are those of the reference.
+
+    Floor: the rounding of the difference, relative to it, and those of the sum, of 1 / std and of
+    the product, relative to the result. PyTorch has no such op: its result is the rounded truth.
+    """
+    arguments = images, corners, flips, mean, std, shift
+    output = ops.augment(*arguments, dtype=dtype)
+    assert output.dtype == dtype
+    assert output.permute(0, 2, 3, 1).is_contiguous()
+    centred, truth = plain_augment(*arguments)
+    floor = UNIT * (centred.abs() / std + 3 * truth.abs())
+    check("output", output, truth, (truth.to(dtype) - truth).abs(), floor)
+    if dtype == torch.float32:
+        with use_backend("torch"):
+            check_same(output, ops.augment(*arguments))

@@ -1,11 +1,10 @@
-"""Images for training: built-in sets, image folders, and batches of augmented crops."""
+"""Images for training: built-in sets, image folders, and batches with their augmentation."""
 
 from alexkern.data.batches import (
     Batch,
     Batches,
     evaluation_batches,
     iterate,
-    to_input,
     training_batches,
 )
 from alexkern.data.dataset import DataError, Dataset, Images, Split, load_dataset
@@ -22,6 +21,5 @@ __all__ = [
     "evaluation_batches",
     "iterate",
     "load_dataset",
-    "to_input",
     "training_batches",
 ]

@@ -1,6 +1,7 @@
 """Order, augmentation and batches: pure functions of (seed, epoch, sample)."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +12,25 @@ from torch import Tensor
 from alexkern.data.dataset import DataError, Split
 from alexkern.data.seeds import generator
 
-Batch = tuple[Tensor, Tensor]
-"""Images uint8 [B, crop, crop, 3] and labels int64 [B], on the CPU."""
+
+class Batch(NamedTuple):
+    """Stored images, what :func:`alexkern.ops.augment` is to do to each, and their classes.
+
+    Attributes:
+        images: uint8 [B, size, size, 3].
+        corners: Top and left edge of each crop, int64 [B, 2].
+        flips: Whether each crop is mirrored, bool [B].
+        labels: int64 [B].
+    """
+
+    images: Tensor
+    corners: Tensor
+    flips: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; from page-locked memory without waiting for the copy."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class Batches(torch.utils.data.Dataset["Batch | DataError"]):
@@ -24,7 +42,6 @@ class Batches(torch.utils.data.Dataset["Batch | DataError"]):
         corners: Top and left edge of each sample's crop, [N, 2], indexed by sample.
         flips: Whether each sample is mirrored, bool [N], indexed by sample.
         batch_size: Samples per batch; the last batch takes what is left.
-        crop_size: Side of a crop in pixels.
     """
 
     def __init__(
@@ -34,10 +51,9 @@ class Batches(torch.utils.data.Dataset["Batch | DataError"]):
         corners: NDArray[np.int64],
         flips: NDArray[np.bool_],
         batch_size: int,
-        crop_size: int,
     ) -> None:
         self._split, self._order, self._corners, self._flips = split, order, corners, flips
-        self._batch_size, self._crop_size = batch_size, crop_size
+        self._batch_size = batch_size
 
     def __len__(self) -> int:
         return -(-len(self._order) // self._batch_size)
@@ -51,17 +67,12 @@ class Batches(torch.utils.data.Dataset["Batch | DataError"]):
             # Returned, for iterate() to raise: a worker's exception would arrive with the
             # worker's traceback for a message.
             return error
-        size = self._crop_size
-        crops = np.empty((len(samples), size, size, 3), np.uint8)
-        for crop, image, sample in zip(crops, images, samples, strict=True):
-            top, left = self._corners[sample]
-            window = image[top : top + size, left : left + size]
-            crop[:] = window[:, ::-1] if self._flips[sample] else window
-        return torch.from_numpy(crops), torch.from_numpy(self._split.labels[samples])
+        parts = images, self._corners[samples], self._flips[samples], self._split.labels[samples]
+        return Batch(*map(torch.from_numpy, parts))
 
 
 def training_batches(
-    split: Split, seed: int, epoch: int, batch_size: int, crop_size: int, margin: int, flip: bool
+    split: Split, seed: int, epoch: int, batch_size: int, margin: int, flip: bool
 ) -> Batches:
     """One epoch in a new order: random crops, mirrored at random (paper section 4.1).
 
@@ -73,8 +84,7 @@ def training_batches(
         seed: Of the run.
         epoch: From 0.
         batch_size: Samples per batch; a smaller split gives one batch.
-        crop_size: Side of a crop in pixels.
-        margin: Side of a stored image minus ``crop_size``.
+        margin: Side of a stored image minus that of a crop.
         flip: Whether crops may be mirrored.
     """
     count = len(split.labels)
@@ -83,14 +93,14 @@ def training_batches(
     corners = random.integers(0, margin, (count, 2), endpoint=True)
     flips = random.integers(0, 2, count).astype(bool) & flip
     used = max(count - count % batch_size, min(count, batch_size))
-    return Batches(split, order[:used], corners, flips, batch_size, crop_size)
+    return Batches(split, order[:used], corners, flips, batch_size)
 
 
-def evaluation_batches(split: Split, batch_size: int, crop_size: int, margin: int) -> Batches:
+def evaluation_batches(split: Split, batch_size: int, margin: int) -> Batches:
     """Every sample once, in order: the central crop, not mirrored."""
     count = len(split.labels)
     corners = np.full((count, 2), margin // 2)
-    return Batches(split, np.arange(count), corners, np.zeros(count, bool), batch_size, crop_size)
+    return Batches(split, np.arange(count), corners, np.zeros(count, bool), batch_size)
 
 
 def iterate(
@@ -118,23 +128,4 @@ def iterate(
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
-        images, labels = batch
-        yield images, labels
-
-
-def to_input(images: Tensor, mean: Tensor, std: float) -> Tensor:
-    """``(image - mean) / std`` on the images' device.
-
-    Args:
-        images: uint8 [B, crop, crop, 3].
-        mean: Mean image in grey levels, float32 [size, size, 3]; its central crop is subtracted,
-            the same for every crop (as the 2012 code does).
-        std: In grey levels.
-
-    Returns:
-        float32 [B, 3, crop, crop], channels_last in memory.
-    """
-    crop = images.shape[1]
-    corner = (mean.shape[0] - crop) // 2
-    centre = mean[corner : corner + crop, corner : corner + crop]
-    return ((images.float() - centre) / std).permute(0, 3, 1, 2)
+        yield batch

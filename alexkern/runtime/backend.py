@@ -17,6 +17,7 @@ _selected: ContextVar[str | None] = ContextVar("alexkern_backend", default=None)
 # that each side moves, and an unmeasured convolution gets the vendor's. The matrix products of
 # `linear` are the vendor's in any case.
 _AUTO_ON_GPU = {
+    "augment": "triton",
     "conv": "torch",
     "dropout": "triton",
     "linear": "triton",

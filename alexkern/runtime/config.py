@@ -80,19 +80,31 @@ class PointwiseConfig:
         return (-(-count // self.block),)
 
 
-def pointwise(tensor: Tensor, divisible: int, scalar_block: int = 1024) -> PointwiseConfig:
+def pointwise(
+    tensor: Tensor, divisible: int, scalar_block: int = 1024, width: int = 8
+) -> PointwiseConfig:
     """For kernels that treat ``divisible`` neighbouring elements alike (see ``VECTOR``).
 
-    Vectors have 8 elements, 16 bytes in half precision, where ``divisible`` is a multiple of 8.
+    Vectors have ``width`` elements (8: 16 bytes in half precision) where it divides ``divisible``.
     Elsewhere a program takes ``scalar_block`` elements: fewer where each has addresses of its
     own that would not fit the registers.
     """
-    vector = 8 if divisible % 8 == 0 else 1
+    vector = width if divisible % width == 0 else 1
     if isinstance(_forced, PointwiseConfig):
         return replace(_forced, vector=vector)
     if for_interpreter(tensor):
         return PointwiseConfig(min(2**17, power_of_two(max(tensor.numel(), 8))), vector, 4)
     return PointwiseConfig(1024 if vector > 1 else scalar_block, vector, 4)
+
+
+def images_per_program(tensor: Tensor, programs: int, batch: int) -> int:
+    """For a kernel that needs ``programs`` per image, and less where they serve several images.
+
+    As many images as leave eight programs per multiprocessor, but at most eight.
+    """
+    if for_interpreter(tensor):
+        return batch
+    return max(1, min(8, programs * batch // (8 * _MULTIPROCESSORS)))
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import alexkern
+from alexkern import ops
 from alexkern.data import (
+    Batch,
     Batches,
     Dataset,
     derive_seed,
     evaluation_batches,
     iterate,
-    to_input,
     training_batches,
 )
 from alexkern.models import alexnet
@@ -73,7 +74,11 @@ class Trainer:
             self.model.parameters(), options.lr, options.momentum, options.weight_decay
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-        self._mean = torch.from_numpy(dataset.mean).to(device)
+        preset = self.model.preset
+        self._margin = preset.stored_size - preset.crop_size
+        # the central crop's mean for every crop, as in the 2012 code
+        centre = slice(self._margin // 2, self._margin // 2 + preset.crop_size)
+        self._mean = torch.from_numpy(dataset.mean[centre, centre]).contiguous().to(device)
         self._backend = "torch" if options.kernels == "compile" else options.kernels
         self._images, self._seconds = 0, 0.0
         self.step = 0
@@ -154,16 +159,14 @@ class Trainer:
         """Loss and errors on the held-out split: central crops, every sample once."""
         self.model.eval()
         sums = torch.zeros(3, device=self._device)
-        preset, options = self.model.preset, self._options
-        margin = preset.stored_size - preset.crop_size
-        split = self._dataset.val
-        batches = evaluation_batches(split, options.batch_size, preset.crop_size, margin)
-        for images, labels in iterate(batches, options.workers, self._device.type == "cuda"):
+        options, split = self._options, self._dataset.val
+        batches = evaluation_batches(split, options.batch_size, self._margin)
+        for batch in iterate(batches, options.workers, self._device.type == "cuda"):
+            batch = batch.to(self._device)
             with self._precision(), self._kernels():
-                logits = self.model(self._input(images)).float()
-            labels = labels.to(self._device, non_blocking=True)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack((loss, *(wrong_answers(logits, labels, k) for k in (1, 5))))
+                logits = self.model(self._input(batch)).float()
+            loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+            sums += torch.stack((loss, *(wrong_answers(logits, batch.labels, k) for k in (1, 5))))
         return Evaluation(*(sums / len(split.labels)).tolist())
 
     def _train_epoch(self, last_step: int, meter: Meter, metrics: MetricsFile) -> None:
@@ -172,28 +175,27 @@ class Trainer:
         epoch, first = divmod(self.step, self.steps_per_epoch)
         pin_memory = self._device.type == "cuda"
         batches = iterate(self._training_batches(epoch), self._options.workers, pin_memory, first)
-        for images, labels in meter.timed(islice(batches, last_step - self.step)):
-            meter.add(*self._train_step(images, labels))
+        for batch in meter.timed(islice(batches, last_step - self.step)):
+            meter.add(*self._train_step(batch.to(self._device)))
             self.step += 1
             if self.step % self._options.print_freq == 0 and self.step < last_step:
                 metrics.write(self._report(self._read(meter), None))
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Update the weights once; gives the loss, the logits and the labels on the device."""
+    def _train_step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Update the weights once; gives the loss, the logits and the labels."""
         options = self._options
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
         seeds = [derive_seed(options.seed, "dropout", self.step, layer) for layer in (0, 1)]
-        labels = labels.to(self._device, non_blocking=True)
         with self._precision(), self._kernels():
-            logits = self.model(self._input(images), torch.tensor(seeds, device=self._device))
+            logits = self.model(self._input(batch), torch.tensor(seeds, device=self._device))
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, batch.labels)
         self._optimizer.zero_grad()
         self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        return loss, logits, labels
+        return loss, logits, batch.labels
 
     def _read(self, meter: Meter) -> Measured:
         measured = meter.read()
@@ -236,20 +238,15 @@ class Trainer:
         return learning_rate(self._options.lr, step, self.total_steps)
 
     def _training_batches(self, epoch: int) -> Batches:
-        options, preset, dataset = self._options, self.model.preset, self._dataset
+        options, dataset = self._options, self._dataset
         return training_batches(
-            dataset.train,
-            options.seed,
-            epoch,
-            options.batch_size,
-            preset.crop_size,
-            preset.stored_size - preset.crop_size,
-            dataset.flip,
+            dataset.train, options.seed, epoch, options.batch_size, self._margin, dataset.flip
         )
 
-    def _input(self, images: Tensor) -> Tensor:
-        on_device = images.to(self._device, non_blocking=True)
-        return to_input(on_device, self._mean, self.model.preset.input_std)
+    def _input(self, batch: Batch) -> Tensor:
+        """What the network sees, in the dtype that autocast would cast it to."""
+        std, dtype = self.model.preset.input_std, _AMP_DTYPES.get(self._options.amp, torch.float32)
+        return ops.augment(batch.images, batch.corners, batch.flips, self._mean, std, dtype=dtype)
 
     def _kernels(self) -> AbstractContextManager[None]:
         return alexkern.use_backend(self._backend)

@@ -1,6 +1,7 @@
 """The laboratory: what is wrong is not timed, what fails says why, and all of it is kept."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import bench_conv, bench_dropout, bench_linear, bench_lrn, bench_pool, machine
+from bench import (
+    bench_augment,
+    bench_conv,
+    bench_dropout,
+    bench_linear,
+    bench_lrn,
+    bench_pool,
+    machine,
+)
 from bench.lab import DeviceLostError, Lab, Variant
 from bench.ladder import INFERENCE, TRAINING, Ladder
 from bench.operation import Implementation, Operation, implementations
@@ -89,8 +98,15 @@ SUBJECTS = [
 ]
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.layer)
+CASES = [
+    *itertools.product(SUBJECTS, ["forward", "backward"]),
+    (bench_augment.subject("fp32", True), "forward"),
+]
+
+
+@pytest.mark.parametrize(
+    ("subject", "direction"), CASES, ids=lambda value: getattr(value, "layer", value)
+)
 def test_a_subject_is_right_and_a_broken_one_is_not(subject: Any, direction: str) -> None:
     made = Operation(subject, direction, 2, torch.float32, CPU, 0)
 

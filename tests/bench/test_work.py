@@ -60,6 +60,8 @@ def test_fully_connected(layer: str, direction: str, gflop: float, megabytes: fl
 @pytest.mark.parametrize(
     ("counted", "megabytes"),
     [
+        (work.augmentation((224, 224), 128, 2), 58.4),
+        (work.augmentation((224, 224), 128, 4), 96.9),
         (work.normalisation(POOLS["1"], "forward", 128, 2), 148.7),
         (work.normalisation(POOLS["1"], "backward", 128, 2), 223.0),
         (work.normalisation(POOLS["2"], "forward", 128, 4), 191.1),

@@ -2,17 +2,17 @@ import numpy as np
 import pytest
 import torch
 
+from alexkern import ops
 from alexkern.data import (
     DataError,
     Split,
     evaluation_batches,
     iterate,
     load_dataset,
-    to_input,
     training_batches,
 )
 
-SIZE, CROP, MARGIN, COUNT = 12, 8, 4, 60
+SIZE, MARGIN, COUNT = 12, 4, 60
 
 
 class Coordinates:
@@ -33,38 +33,32 @@ SPLIT = Split(Coordinates(), np.arange(COUNT) % 7)
 
 
 def epoch(seed=0, number=0, batch_size=16, flip=True, **kwargs):
-    return list(
-        iterate(training_batches(SPLIT, seed, number, batch_size, CROP, MARGIN, flip), **kwargs)
-    )
+    return list(iterate(training_batches(SPLIT, seed, number, batch_size, MARGIN, flip), **kwargs))
 
 
 def views(batches):
-    """(sample, top, left, flipped) of every crop, after checking all of its pixels."""
+    """(sample, top, left, flipped) of every crop, after checking that it is the sample's image."""
     found = []
-    for images, labels in batches:
-        assert images.dtype == torch.uint8
-        assert labels.dtype == torch.int64
-        for image, label in zip(images.numpy().astype(int), labels.tolist(), strict=True):
-            sample, top, left = image[0, 0, 0], image[0, 0, 1], image[0, :, 2].min()
-            assert label == sample % 7
-            flipped = image[0, 0, 2] > image[0, 1, 2]
-            columns = left + np.arange(CROP)[:: -1 if flipped else 1]
-            assert image.shape == (CROP, CROP, 3)
-            assert (image[..., 0] == sample).all()
-            assert (image[..., 1] == (top + np.arange(CROP))[:, None]).all()
-            assert (image[..., 2] == columns).all()
-            found.append((int(sample), int(top), int(left), bool(flipped)))
+    for batch in batches:
+        samples = batch.images[:, 0, 0, 0].numpy()
+        assert (batch.images.numpy() == SPLIT.images[samples]).all()
+        dtypes = [torch.uint8, torch.int64, torch.bool, torch.int64]
+        assert [tensor.dtype for tensor in batch] == dtypes
+        assert (batch.labels.numpy() == samples % 7).all()
+        corners, flips = batch.corners.tolist(), batch.flips.tolist()
+        for sample, corner, flip in zip(samples.tolist(), corners, flips, strict=True):
+            found.append((sample, *corner, flip))
     return found
 
 
 def test_an_epoch_uses_whole_batches_of_distinct_samples():
     batches = epoch()
-    assert [len(labels) for _, labels in batches] == [16] * 3
+    assert [len(batch.labels) for batch in batches] == [16] * 3
     assert len({sample for sample, *_ in views(batches)}) == 48
 
 
 def test_a_small_split_gives_one_batch():
-    assert [len(labels) for _, labels in epoch(batch_size=100)] == [COUNT]
+    assert [len(batch.labels) for batch in epoch(batch_size=100)] == [COUNT]
 
 
 def test_every_corner_and_reflection_occurs_alike():
@@ -98,8 +92,7 @@ def test_a_view_does_not_depend_on_the_batch_size():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers):
     for ours, theirs in zip(epoch(workers=workers), epoch(), strict=True):
-        assert torch.equal(ours[0], theirs[0])
-        assert torch.equal(ours[1], theirs[1])
+        assert all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -108,8 +101,8 @@ def test_an_epoch_can_start_at_any_batch(workers):
 
 
 def test_evaluation_takes_each_central_crop_once():
-    batches = list(iterate(evaluation_batches(SPLIT, 16, CROP, MARGIN)))
-    assert [len(labels) for _, labels in batches] == [16, 16, 16, 12]
+    batches = list(iterate(evaluation_batches(SPLIT, 16, MARGIN)))
+    assert [len(batch.labels) for batch in batches] == [16, 16, 16, 12]
     assert views(batches) == [(sample, 2, 2, False) for sample in range(COUNT)]
 
 
@@ -120,27 +113,16 @@ class Broken(Coordinates):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_stops_the_run_with_its_one_line(workers):
-    batches = evaluation_batches(Split(Broken(), SPLIT.labels), 16, CROP, MARGIN)
+    batches = evaluation_batches(Split(Broken(), SPLIT.labels), 16, MARGIN)
     with pytest.raises(DataError) as error:
         list(iterate(batches, workers))
     assert str(error.value) == "cannot decode x.png"
 
 
-def test_to_input_subtracts_the_central_mean_and_scales():
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (3, CROP, CROP, 3), np.uint8)
-    mean = random.uniform(0, 255, (SIZE, SIZE, 3)).astype(np.float32)
-    result = to_input(torch.from_numpy(images), torch.from_numpy(mean), 64.0)
-    expected = ((images - mean[2:10, 2:10].astype(np.float64)) / 64).transpose(0, 3, 1, 2)
-    assert result.dtype == torch.float32
-    assert result.is_contiguous(memory_format=torch.channels_last)
-    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5, atol=1e-6)
-
-
 def test_digits_reach_the_network_at_unit_scale():
     dataset = load_dataset("digits", 36)
-    batches = training_batches(dataset.train, 0, 0, 64, 32, 4, dataset.flip)
-    mean = torch.from_numpy(dataset.mean)
-    values = torch.cat([to_input(images, mean, 64.0) for images, _ in iterate(batches)])
+    batches = iterate(training_batches(dataset.train, 0, 0, 64, 4, dataset.flip))
+    mean = torch.from_numpy(dataset.mean)[2:34, 2:34]
+    values = torch.cat([ops.augment(*batch[:3], mean, 64.0) for batch in batches])
     assert abs(values.mean().item()) < 0.05
     assert 0.8 < values.std().item() < 1.2

@@ -139,6 +139,20 @@ def test_unusable_checkpoints_are_one_line(tmp_path, content):
 # The loop
 
 
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_network_is_evaluated_on_centres_less_the_mean_of_centres(amp):
+    dataset, seen = small_dataset(), []
+    trainer = small_trainer(dataset, amp=amp)
+    trainer.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    trainer.evaluate()
+    inputs = torch.cat(seen)
+    images = dataset.val.images[np.arange(10)].astype(np.float64)
+    centres = (images - dataset.mean)[:, 2:34, 2:34].transpose(0, 3, 1, 2) / 64
+    assert inputs.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
+    eps = torch.finfo(inputs.dtype).eps
+    np.testing.assert_allclose(inputs.double().numpy(), centres, rtol=eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("stop", [5, 8], ids=["at an epoch's end", "in an epoch"])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop):
     through = train(small_trainer(), 12, tmp_path / "through")

@@ -1,0 +1,145 @@
+"""Stored images to the network's input."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from alexkern import reference
+from alexkern.runtime import config
+from alexkern.runtime.backend import runs_triton
+from alexkern.runtime.launch import device_code, empty, launch
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.no_grad()
+def augment(
+    images: Tensor,
+    corners: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: float = 1.0,
+    shift: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Crop, mirror and normalise stored images (paper section 4.1) in one pass.
+
+    Each crop has the size of ``mean``, and its values are
+
+        ((pixel - mean) + shift) * (1 / std)
+
+    in float32, in this order, with 1 / std rounded to float32 first (as PyTorch divides by a
+    number on a GPU), then rounded to ``dtype``: the same bits on every backend and device. The
+    mean is subtracted as it is, wherever the crop lies and whether or not it is mirrored (as the
+    2012 code does).
+
+    Nothing is drawn here: corners, flips and shift say what is done to each image, so that they
+    can be functions of a seed, an epoch and a sample.
+
+    Args:
+        images: uint8 [B, H, W, 3], contiguous (other strides are copied once).
+        corners: int64 or int32 [B, 2]: top and left edge of each crop. A coordinate outside of
+            [0, H - height] or [0, W - width] is clamped to it: checking would make a GPU wait.
+        flips: bool [B]: whether each crop is mirrored left to right.
+        mean: float32 [height, width, 3] in grey levels. For crops of a stored mean image, its
+            central one; one mean per channel can be expanded to this shape.
+        std: positive number that divides, in grey levels.
+        shift: float32 [B, 3]: what is added to all pixels of an image, per channel, in grey
+            levels (the paper's change of the RGB intensities); None for nothing.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        [B, 3, height, width] of ``dtype``, channels_last in memory, which requires no grad.
+
+    Raises:
+        RuntimeError: a tensor of another shape, dtype or device, an image smaller than the crop,
+            or another ``dtype``.
+        ValueError: ``std`` is not a positive finite number.
+    """
+    _check(images, corners, flips, mean, shift)
+    if dtype not in _DTYPES:
+        raise RuntimeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    if not 0.0 < std < math.inf:
+        raise ValueError(f"std must be a positive finite number, got {std}")
+    # the images are integers everywhere: the mean says what is computed in
+    if images.numel() == 0 or not runs_triton("augment", mean):
+        return reference.augment(images, corners, flips, mean, std, shift, dtype)
+    return _crops(images, corners, flips, mean, std, shift, dtype)
+
+
+def _check(
+    images: Tensor, corners: Tensor, flips: Tensor, mean: Tensor, shift: Tensor | None
+) -> None:
+    if images.dim() != 4 or images.shape[3] != 3 or images.dtype != torch.uint8:
+        raise RuntimeError(
+            f"images must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}"
+        )
+    if mean.dim() != 3 or mean.shape[2] != 3 or 0 in mean.shape or mean.dtype != torch.float32:
+        raise RuntimeError(
+            f"mean must be float32 [height, width, 3], got {mean.dtype} {list(mean.shape)}"
+        )
+    if images.shape[1] < mean.shape[0] or images.shape[2] < mean.shape[1]:
+        raise RuntimeError(
+            f"crops of {list(mean.shape[:2])}, the size of mean, do not fit images of "
+            f"{list(images.shape[1:3])}"
+        )
+    batch = images.shape[0]
+    for name, tensor, shape, dtypes in (
+        ("corners", corners, [batch, 2], (torch.int64, torch.int32)),
+        ("flips", flips, [batch], (torch.bool,)),
+        ("shift", shift, [batch, 3], (torch.float32,)),
+    ):
+        if tensor is not None and (list(tensor.shape) != shape or tensor.dtype not in dtypes):
+            raise RuntimeError(
+                f"{name} must be {' or '.join(map(str, dtypes))} of shape {shape}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+    for tensor in (corners, flips, mean, shift):
+        if tensor is not None and tensor.device != images.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, "
+                f"but found at least two devices, {images.device} and {tensor.device}!"
+            )
+
+
+def _crops(
+    images: Tensor,
+    corners: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: float,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    batch, height, width, _ = images.shape
+    crop_height, crop_width, _ = mean.shape
+    result = empty((batch, 3, crop_height, crop_width), images, dtype, channels_last=True)
+    mean = mean.contiguous()
+    blocks = config.pointwise(mean, 3 * crop_width, width=16 // dtype.itemsize)
+    (parts,) = blocks.programs(mean.numel())
+    images_per_program = config.images_per_program(mean, parts, batch)
+    launch(
+        device_code("augment").augment_crops,
+        (parts * -(-batch // images_per_program),),
+        images.contiguous(),
+        corners.contiguous(),
+        flips.contiguous(),
+        mean,
+        # a pointer that the kernel does not use still needs a tensor
+        mean if shift is None else shift.contiguous(),
+        result,
+        batch,
+        height,
+        width,
+        crop_height,
+        crop_width,
+        images_per_program,
+        1.0 / std,
+        SHIFT=shift is not None,
+        BLOCK=blocks.rows,
+        VECTOR=blocks.vector,
+        num_warps=blocks.num_warps,
+    )
+    return result
