@@ -77,11 +77,14 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "lrn_backward": lambda p: (p.BEFORE + 1 + p.AFTER,),
     "step_1_formula": lambda p: (5,),
     "max_pool_forward": lambda p: (p.KERNEL_H * p.KERNEL_W,),
-    "max_pool_backward": lambda p: (
+    "max_pool_backward_looped": lambda p: (
         (((p.KERNEL_H - 1) * p.DILATION_H) // p.STRIDE_H + 1)
         * (((p.KERNEL_W - 1) * p.DILATION_W) // p.STRIDE_W + 1),
     ),
 }
+
+# The parameter that is a kernel's result, where it has no count.
+_RESULTS = ("result_pointer", "masked_pointer", "partial_pointer", "y_pointer", "dx_pointer")
 
 
 def _ceil(number: int, unit: int) -> int:
@@ -142,8 +145,8 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     def normalisation(*shape: int) -> Any:
         return lambda: ops.local_response_norm(tensor(*shape), 5, 1e-4, 0.75, 2.0, "sum")
 
-    def pooling(*shape: int) -> Any:
-        return lambda: ops.max_pool2d(tensor(*shape), 3, 2)
+    def pooling(*shape: int, kernel: int = 3, stride: int = 2) -> Any:
+        return lambda: ops.max_pool2d(tensor(*shape), kernel, stride)
 
     def dropping(*shape: int, **place: Any) -> Any:
         return lambda: ops.dropout(tensor(*shape), **place)
@@ -169,6 +172,8 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         yield f"{name} lrn", normalisation(batch, *shape)
         yield f"{name} pool", pooling(batch, *shape)
         yield f"{name} dropout", dropping(batch, *shape)
+    # too many taps and pixels to unroll
+    yield "odd looped pool", pooling(_ODD_BATCH, *ODD, kernel=6, stride=3)
 
 
 def _layer_launch(
@@ -198,7 +203,7 @@ def _layer_launch(
 def _elements(kernel: str, parameters: Any) -> int:
     if hasattr(parameters, "count"):
         return int(parameters.count)
-    for name in ("result_pointer", "masked_pointer", "partial_pointer"):
+    for name in _RESULTS:
         if hasattr(parameters, name):
             return int(getattr(parameters, name).numel())
     raise ValueError(f"{kernel} has no parameter that bench.static knows as its result")

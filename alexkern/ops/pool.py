@@ -1,6 +1,7 @@
 """Max-pooling with overlapping windows."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
 from alexkern.runtime.launch import device_code, empty, launch
 from alexkern.runtime.layout import dense, dense_as, is_channels_last
+
+# The kernels unroll windows of at most so many taps, and backward strides over at most so many
+# pixels, each of which costs it a sum in registers. Larger ones are looped over.
+_UNROLLED_TAPS = 25
+_UNROLLED_PIXELS = 4
 
 
 def max_pool2d(
@@ -61,7 +67,7 @@ def max_pool2d(
         )
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     save_code = torch.is_grad_enabled() and input.requires_grad
-    geometry = (*kernel, *strides, *pads, *dilations)
+    geometry = _Geometry(*kernel, *strides, *pads, *dilations)
     output, indices = _MaxPool2d.apply(batch, output_size, geometry, save_code, return_indices)
     if input.dim() == 3:
         output = output.squeeze(0)
@@ -113,21 +119,53 @@ def _output_size(
     return size[0], size[1]
 
 
+@dataclass(frozen=True)
+class _Geometry:
+    """The kernels' constants, under the names of their parameters."""
+
+    KERNEL_H: int
+    KERNEL_W: int
+    STRIDE_H: int
+    STRIDE_W: int
+    PADDING_H: int
+    PADDING_W: int
+    DILATION_H: int
+    DILATION_W: int
+
+    @property
+    def taps(self) -> int:
+        return self.KERNEL_H * self.KERNEL_W
+
+    def inside(self, input_size: Sequence[int], output_size: Sequence[int]) -> bool:
+        """Whether every tap of every window is inside the image."""
+        last_row = (output_size[0] - 1) * self.STRIDE_H + (self.KERNEL_H - 1) * self.DILATION_H
+        last_column = (output_size[1] - 1) * self.STRIDE_W + (self.KERNEL_W - 1) * self.DILATION_W
+        padding = self.PADDING_H + self.PADDING_W
+        return padding == 0 and last_row < input_size[0] and last_column < input_size[1]
+
+    def cells(self, input_size: Sequence[int]) -> tuple[int, int]:
+        """How many cells of one stride cover the image, whose padding shifts the first."""
+        height, width = input_size
+        return (
+            -(-(height + self.PADDING_H % self.STRIDE_H) // self.STRIDE_H),
+            -(-(width + self.PADDING_W % self.STRIDE_W) // self.STRIDE_W),
+        )
+
+
 class _MaxPool2d(Function):
     @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
         output_size: tuple[int, int],
-        geometry: tuple[int, ...],
+        geometry: _Geometry,
         save_code: bool,
         return_indices: bool,
     ) -> tuple[Tensor, Tensor | None]:
         input = dense(input)
         channels_last = is_channels_last(input)
         shape = (*input.shape[:2], *output_size)
-        taps = geometry[0] * geometry[1]
-        code_dtype = torch.uint8 if taps <= 256 else torch.int32
+        code_dtype = torch.uint8 if geometry.taps <= 256 else torch.int32
         output = empty(shape, input, channels_last=channels_last)
         code = empty(shape, input, code_dtype, channels_last) if save_code else None
         indices = empty(shape, input, torch.int64, channels_last) if return_indices else None
@@ -140,11 +178,13 @@ class _MaxPool2d(Function):
                 code if code is not None else output,
                 indices if indices is not None else output,
             ),
-            output,
-            input.shape[2:],
             output_size,
+            input.shape[2:],
+            output,
             channels_last,
             geometry,
+            INSIDE=geometry.inside(input.shape[2:], output_size),
+            UNROLL=geometry.taps if geometry.taps <= _UNROLLED_TAPS else 1,
             CODE=save_code,
             INDICES=return_indices,
         )
@@ -162,17 +202,22 @@ class _MaxPool2d(Function):
         ctx: Any, output_grad: Tensor, indices_grad: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         (code,) = ctx.saved_tensors
+        geometry: _Geometry = ctx.geometry
         output_grad = dense_as(output_grad, ctx.channels_last)
         shape = (*code.shape[:2], *ctx.input_size)
         input_grad = empty(shape, output_grad, channels_last=ctx.channels_last)
+        kernel, owned = device_code("pool").max_pool_backward, geometry.cells(ctx.input_size)
+        pixels = geometry.STRIDE_H * geometry.STRIDE_W
+        if geometry.taps > _UNROLLED_TAPS or pixels > _UNROLLED_PIXELS:
+            kernel, owned = device_code("pool").max_pool_backward_looped, ctx.input_size
         _launch(
-            device_code("pool").max_pool_backward,
+            kernel,
             (output_grad, code, input_grad),
-            input_grad,
+            owned,
             ctx.input_size,
-            code.shape[2:],
+            output_grad,
             ctx.channels_last,
-            ctx.geometry,
+            geometry,
         )
         return input_grad, None, None, None, None
 
@@ -180,27 +225,26 @@ class _MaxPool2d(Function):
 def _launch(
     kernel: Any,
     tensors: tuple[Tensor, ...],
-    owned: Tensor,
+    owned: Sequence[int],
     input_size: Sequence[int],
-    output_size: Sequence[int],
+    output: Tensor,
     channels_last: bool,
-    geometry: tuple[int, ...],
-    **flags: bool,
+    geometry: _Geometry,
+    **flags: int,
 ) -> None:
-    """Launch over the elements of ``owned``, the result that the programs write."""
-    inner = owned.shape[1] if channels_last else 1
-    blocks = config.pointwise(owned, inner, scalar_block=512)
-    names = ("KERNEL", "STRIDE", "PADDING", "DILATION")
-    constants = dict(zip([n + axis for n in names for axis in ("_H", "_W")], geometry, strict=True))
+    """Launch programs that own ``owned`` rows and columns of each image (see the kernels)."""
+    images, channels, *output_size = output.shape
+    outer, inner = (images, channels) if channels_last else (images * channels, 1)
+    blocks = config.pointwise(output, inner, scalar_block=512)
     launch(
         kernel,
-        blocks.programs(owned.numel()),
+        blocks.programs(outer * owned[0] * owned[1] * inner),
         *tensors,
-        owned.numel(),
+        outer,
         *input_size,
         *output_size,
         inner,
-        **constants,
+        **asdict(geometry),
         **flags,
         BLOCK=blocks.rows,
         VECTOR=blocks.vector,
