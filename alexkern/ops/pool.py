@@ -235,10 +235,11 @@ def _launch(
     """Launch programs that own ``owned`` rows and columns of each image (see the kernels)."""
     images, channels, *output_size = output.shape
     outer, inner = (images, channels) if channels_last else (images * channels, 1)
-    blocks = config.pointwise(output, inner, scalar_block=512)
+    count = outer * owned[0] * owned[1] * inner
+    blocks = config.pointwise(output, inner, scalar_block=512, count=count)
     launch(
         kernel,
-        blocks.programs(outer * owned[0] * owned[1] * inner),
+        blocks.programs(count),
         *tensors,
         outer,
         *input_size,

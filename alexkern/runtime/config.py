@@ -80,8 +80,12 @@ class PointwiseConfig:
         return (-(-count // self.block),)
 
 
-def pointwise(tensor: Tensor, divisible: int, scalar_block: int = 1024) -> PointwiseConfig:
+def pointwise(
+    tensor: Tensor, divisible: int, scalar_block: int = 1024, count: int | None = None
+) -> PointwiseConfig:
     """For kernels that treat ``divisible`` neighbouring elements alike (see ``VECTOR``).
+
+    The programs own ``count`` elements together, by default the tensor's.
 
     Vectors have 8 elements, 16 bytes in half precision, where ``divisible`` is a multiple of 8.
     Elsewhere a program takes ``scalar_block`` elements: fewer where each has addresses of its
@@ -91,7 +95,8 @@ def pointwise(tensor: Tensor, divisible: int, scalar_block: int = 1024) -> Point
     if isinstance(_forced, PointwiseConfig):
         return replace(_forced, vector=vector)
     if for_interpreter(tensor):
-        return PointwiseConfig(min(2**17, power_of_two(max(tensor.numel(), 8))), vector, 4)
+        count = tensor.numel() if count is None else count
+        return PointwiseConfig(min(2**17, power_of_two(max(count, 8))), vector, 4)
     return PointwiseConfig(1024 if vector > 1 else scalar_block, vector, 4)
 
 
