@@ -176,18 +176,20 @@ def max_pool_backward(
     for pixel in tl.static_range(STRIDE_H * STRIDE_W):
         total = tl.zeros(last.shape, tl.float32)
         for tap in tl.static_range(KERNEL_H * KERNEL_W - 1, -1, -1):
-            if (tap // KERNEL_W * DILATION_H) % STRIDE_H == pixel // STRIDE_W:
-                if (tap % KERNEL_W * DILATION_W) % STRIDE_W == pixel % STRIDE_W:
-                    # the compiler merges the loads of a window that several taps share
-                    up = (tap // KERNEL_W * DILATION_H) // STRIDE_H
-                    left = (tap % KERNEL_W * DILATION_W) // STRIDE_W
-                    inside = mask & (last_row >= up) & (last_row - up < out_height)
-                    inside = inside & (last_column >= left) & (last_column - left < out_width)
-                    source = last - (up * out_width + left) * step
-                    code = tl.load(code_pointer + source, mask=inside, other=255)
-                    grad = tl.load(grad_pointer + source, mask=inside).to(tl.float32)
-                    total = tl.where(code == tap, total + grad, total)
-        sums = sums + (total,)
+            if (
+                tap // KERNEL_W * DILATION_H % STRIDE_H == pixel // STRIDE_W
+                and tap % KERNEL_W * DILATION_W % STRIDE_W == pixel % STRIDE_W
+            ):
+                up = tap // KERNEL_W * DILATION_H // STRIDE_H
+                left = tap % KERNEL_W * DILATION_W // STRIDE_W
+                inside = mask & (last_row >= up) & (last_row - up < out_height)
+                inside = inside & (last_column >= left) & (last_column - left < out_width)
+                source = last - (up * out_width + left) * step
+                # the compiler merges the loads of taps that share a window
+                code = tl.load(code_pointer + source, mask=inside, other=255)
+                grad = tl.load(grad_pointer + source, mask=inside).to(tl.float32)
+                total = tl.where(code == tap, total + grad, total)
+        sums += (total,)
     row = cell_row * STRIDE_H - PADDING_H % STRIDE_H
     column = cell_column * STRIDE_W - PADDING_W % STRIDE_W
     corner = _offsets(image, row, column, part, height, width, inner, VECTOR)

@@ -16,10 +16,10 @@ from alexkern.runtime.backend import runs_triton
 from alexkern.runtime.launch import device_code, empty, launch
 from alexkern.runtime.layout import dense, dense_as, is_channels_last
 
-# The kernels unroll windows of at most so many taps, and backward strides over at most so many
-# pixels, each of which costs it a sum in registers. Larger ones are looped over.
-_UNROLLED_TAPS = 25
-_UNROLLED_PIXELS = 4
+# Taps up to which a kernel unrolls a window, and pixels of a stride, each a sum in registers, up
+# to which backward does. Beyond, a loop needs fewer registers and hardly more instructions.
+_FORWARD_TAPS = 9
+_BACKWARD_TAPS, _BACKWARD_PIXELS = 25, 4
 
 
 def max_pool2d(
@@ -184,7 +184,7 @@ class _MaxPool2d(Function):
             channels_last,
             geometry,
             INSIDE=geometry.inside(input.shape[2:], output_size),
-            UNROLL=geometry.taps if geometry.taps <= _UNROLLED_TAPS else 1,
+            UNROLL=geometry.taps if geometry.taps <= _FORWARD_TAPS else 1,
             CODE=save_code,
             INDICES=return_indices,
         )
@@ -206,9 +206,10 @@ class _MaxPool2d(Function):
         output_grad = dense_as(output_grad, ctx.channels_last)
         shape = (*code.shape[:2], *ctx.input_size)
         input_grad = empty(shape, output_grad, channels_last=ctx.channels_last)
-        kernel, owned = device_code("pool").max_pool_backward, geometry.cells(ctx.input_size)
         pixels = geometry.STRIDE_H * geometry.STRIDE_W
-        if geometry.taps > _UNROLLED_TAPS or pixels > _UNROLLED_PIXELS:
+        if geometry.taps <= _BACKWARD_TAPS and pixels <= _BACKWARD_PIXELS:
+            kernel, owned = device_code("pool").max_pool_backward, geometry.cells(ctx.input_size)
+        else:
             kernel, owned = device_code("pool").max_pool_backward_looped, ctx.input_size
         _launch(
             kernel,
