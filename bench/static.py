@@ -88,7 +88,7 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "lrn_max_pool_backward": lambda p: (p.STEPS,) if p.STEPS > 1 else (),
     "step_1_formula": lambda p: (5,),
     "max_pool_forward": lambda p: (p.KERNEL_H * p.KERNEL_W,),
-    "max_pool_backward": lambda p: (
+    "max_pool_backward_looped": lambda p: (
         (((p.KERNEL_H - 1) * p.DILATION_H) // p.STRIDE_H + 1)
         * (((p.KERNEL_W - 1) * p.DILATION_W) // p.STRIDE_W + 1),
     ),
@@ -96,6 +96,9 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
 
 # The tensors that a kernel writes over what it has read.
 IN_PLACE = {"linear_epilogue": ("y_pointer",)}
+
+# The parameter that is a kernel's result, where it has no count.
+_RESULTS = ("result_pointer", "masked_pointer", "y_pointer", "dx_pointer", "partial_pointer")
 
 
 def _ceil(number: int, unit: int) -> int:
@@ -159,8 +162,8 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     def normalised_pooling(*shape: int) -> Any:
         return lambda: ops.lrn_max_pool2d(tensor(*shape), 5, 3, 2, **_PAPER_NORM)
 
-    def pooling(*shape: int) -> Any:
-        return lambda: ops.max_pool2d(tensor(*shape), 3, 2)
+    def pooling(*shape: int, kernel: int = 3, stride: int = 2) -> Any:
+        return lambda: ops.max_pool2d(tensor(*shape), kernel, stride)
 
     def dropping(*shape: int, **place: Any) -> Any:
         return lambda: ops.dropout(tensor(*shape), **place)
@@ -222,6 +225,8 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         yield f"{name} pool", pooling(batch, *shape)
         yield f"{name} dropout", dropping(batch, *shape)
         yield f"{name} linear", fully_connected(batch, shape[0], outputs)
+    # too many taps and pixels to unroll
+    yield "odd looped pool", pooling(_ODD_BATCH, *ODD, kernel=6, stride=3)
 
 
 def _layer_launch(
@@ -249,7 +254,7 @@ def _layer_launch(
 def _elements(kernel: str, parameters: Any) -> int:
     if hasattr(parameters, "count"):
         return int(parameters.count)
-    for name in ("result_pointer", "masked_pointer", "y_pointer", "dx_pointer", "partial_pointer"):
+    for name in _RESULTS:
         if hasattr(parameters, name):
             return int(getattr(parameters, name).numel())
     raise ValueError(f"{kernel} has no parameter that bench.static knows as its result")

@@ -9,15 +9,21 @@ The first maximum wins a tie and the last NaN wins over everything, as in PyTorc
 without a NaN or a value above -inf gives -inf and its first tap inside the image.
 
 Backward is a gather: input pixel i belongs to the windows o with i = o * stride - padding +
-t * dilation, and takes the gradient of those whose code is that very t, in a fixed order:
+t * dilation, and takes the gradient of those whose code is that very t, in the order of o:
 no atomics, the same bits every time.
 
     dx[i] = sum(g[o] for o with code[o] == t)
 
+Cut the padded image into cells of one stride by one stride. Tap t of window o lies in cell
+o + t * dilation // stride, at pixel t * dilation % stride of it. So each tap belongs to one pixel
+of a cell and to one window relative to the cell, both known to the compiler, and a lane that owns
+a cell loads each gradient and code once: with 3x3 windows and stride 2, four of them serve four
+pixels in nine comparisons with constants.
+
 Layout: any dense tensor is [outer, H, W, inner] in memory. NCHW has inner = 1 and outer =
-N * C, channels_last has inner = C and outer = N, so one kernel serves both. A program owns
-BLOCK * VECTOR consecutive elements, of the output in forward and of the input in backward;
-VECTOR divides inner, so that the pixel is the same along a vector.
+N * C, channels_last has inner = C and outer = N, so one kernel serves both. A program owns BLOCK
+output pixels (forward), cells or pixels (backward) in that order, times VECTOR neighbours in
+inner, which VECTOR divides.
 """
 
 import triton
@@ -25,36 +31,36 @@ import triton.language as tl
 
 
 @triton.jit
-def _pixels(
-    count,
-    height,
-    width,
-    inner,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INT64: tl.constexpr,
-):
-    """Locate a program's elements of a dense [outer, height, width, inner] tensor.
+def _locate(height, width, inner, BLOCK: tl.constexpr, VECTOR: tl.constexpr, INT64: tl.constexpr):
+    """Where a program's vectors are in [outer, height, width, inner // VECTOR].
 
-    Returns offsets [BLOCK, VECTOR] and their mask [BLOCK, 1]; the image (outer), row and column
-    [BLOCK, 1]; and the number of each vector among its pixel's inner // VECTOR [BLOCK, 1].
+    Returns the coordinates, [BLOCK, 1] each; outer may be past the end.
     """
-    program = tl.program_id(0)
-    if INT64:
-        program = program.to(tl.int64)
-    vector = (program * BLOCK + tl.arange(0, BLOCK))[:, None]
-    pixel = vector // (inner // VECTOR)
-    column = pixel % width
-    row = (pixel // width) % height
-    image = pixel // (width * height)
-    mask = vector < count // VECTOR
-    return _lanes(vector, VECTOR), mask, image, row, column, vector % (inner // VECTOR)
+    # unsigned, which makes divisions shorter
+    UNSIGNED: tl.constexpr = tl.uint64 if INT64 else tl.uint32
+    SIGNED: tl.constexpr = tl.int64 if INT64 else tl.int32
+    parts = tl.cast(inner // VECTOR, UNSIGNED)
+    height = tl.cast(height, UNSIGNED)
+    width = tl.cast(width, UNSIGNED)
+    vector = tl.program_id(0).to(UNSIGNED) * BLOCK + tl.arange(0, BLOCK)[:, None].to(UNSIGNED)
+    pixel = vector // parts
+    line = pixel // width
+    image = (line // height).to(SIGNED)
+    row = (line % height).to(SIGNED)
+    return image, row, (pixel % width).to(SIGNED), (vector % parts).to(SIGNED)
 
 
 @triton.jit
-def _lanes(vector, VECTOR: tl.constexpr):
-    """Offsets of the elements of vectors; the product shows the compiler their alignment."""
-    return vector * VECTOR + tl.arange(0, VECTOR)[None, :]
+def _offsets(image, row, column, part, height, width, inner, VECTOR: tl.constexpr):
+    """Offsets [BLOCK, VECTOR] of vectors; the product shows the compiler their alignment."""
+    pixel = (image * height + row) * width + column
+    return (pixel * (inner // VECTOR) + part) * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
+def _step(inner, VECTOR: tl.constexpr, INT64: tl.constexpr):
+    """Elements from one pixel to the next, in a way that shows the compiler their alignment."""
+    return tl.cast(inner // VECTOR, tl.int64 if INT64 else tl.int32) * VECTOR
 
 
 @triton.jit
@@ -63,7 +69,7 @@ def max_pool_forward(
     y_pointer,
     code_pointer,
     index_pointer,
-    count,
+    outer,
     height,
     width,
     out_height,
@@ -77,36 +83,54 @@ def max_pool_forward(
     PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    INSIDE: tl.constexpr,
+    UNROLL: tl.constexpr,
     CODE: tl.constexpr,
     INDICES: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Writes y; with CODE the winning taps, with INDICES PyTorch's row * width + column."""
-    offsets, mask, image, out_row, out_column, part = _pixels(
-        count, out_height, out_width, inner, BLOCK, VECTOR, INT64
-    )
-    best = tl.full(offsets.shape, float("-inf"), tl.float32)
-    code = tl.full(offsets.shape, -1, tl.int32)
-    for tap in range(KERNEL_H * KERNEL_W):
-        row = out_row * STRIDE_H - PADDING_H + (tap // KERNEL_W) * DILATION_H
-        column = out_column * STRIDE_W - PADDING_W + (tap % KERNEL_W) * DILATION_W
-        inside = mask & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        pixel = (image * height + row) * width + column
-        source = _lanes(pixel * (inner // VECTOR) + part, VECTOR)
-        x = tl.load(x_pointer + source, mask=inside, other=float("-inf")).to(tl.float32)
-        wins = inside & ((x > best) | (x != x) | (code < 0))
+    """Writes y; with CODE the winning taps, with INDICES PyTorch's row * width + column.
+
+    INSIDE says that no window reaches over the image's edges, UNROLL how many taps to unroll.
+    """
+    image, out_row, out_column, part = _locate(out_height, out_width, inner, BLOCK, VECTOR, INT64)
+    mask = image < outer
+    row = out_row * STRIDE_H - PADDING_H
+    column = out_column * STRIDE_W - PADDING_W
+    corner = _offsets(image, row, column, part, height, width, inner, VECTOR)
+    step = _step(inner, VECTOR, INT64)
+    best = tl.full(corner.shape, float("-inf"), tl.float32)
+    code = tl.zeros(corner.shape, tl.int32)
+    if not INSIDE:
+        # The first tap inside the image. A window without one (possible with dilation) has code
+        # -1; the last code value stands for it, which in a full window is a tap outside the image.
+        tap_row = (tl.maximum(-row, 0) + DILATION_H - 1) // DILATION_H
+        tap_column = (tl.maximum(-column, 0) + DILATION_W - 1) // DILATION_W
+        found = (tap_row < KERNEL_H) & (row + tap_row * DILATION_H < height)
+        found = found & (tap_column < KERNEL_W) & (column + tap_column * DILATION_W < width)
+        code += tl.where(found, tap_row * KERNEL_W + tap_column, -1).to(tl.int32)
+    for tap in tl.range(KERNEL_H * KERNEL_W, loop_unroll_factor=UNROLL):
+        down = tap // KERNEL_W * DILATION_H
+        right = tap % KERNEL_W * DILATION_W
+        source = x_pointer + corner + (down * width + right) * step
+        if INSIDE:
+            x = tl.load(source, mask=mask).to(tl.float32)
+        else:
+            inside = mask & (row + down >= 0) & (row + down < height)
+            inside = inside & (column + right >= 0) & (column + right < width)
+            x = tl.load(source, mask=inside, other=float("-inf")).to(tl.float32)
+        wins = (x > best) | (x != x)
         best = tl.where(wins, x, best)
         code = tl.where(wins, tap, code)
+    offsets = _offsets(image, out_row, out_column, part, out_height, out_width, inner, VECTOR)
     tl.store(y_pointer + offsets, best.to(y_pointer.dtype.element_ty), mask=mask)
     if CODE:
-        # A window with no tap inside the image (possible with dilation) keeps code -1 here; the
-        # last code value stands for it, which in a full window is a tap outside the image.
         tl.store(code_pointer + offsets, code.to(code_pointer.dtype.element_ty), mask=mask)
     if INDICES:
-        row = out_row * STRIDE_H - PADDING_H + (code // KERNEL_W) * DILATION_H
-        column = out_column * STRIDE_W - PADDING_W + (code % KERNEL_W) * DILATION_W
+        row += code // KERNEL_W * DILATION_H
+        column += code % KERNEL_W * DILATION_W
         tl.store(index_pointer + offsets, (row * width + column).to(tl.int64), mask=mask)
 
 
@@ -115,7 +139,7 @@ def max_pool_backward(
     grad_pointer,
     code_pointer,
     dx_pointer,
-    count,
+    outer,
     height,
     width,
     out_height,
@@ -133,27 +157,97 @@ def max_pool_backward(
     VECTOR: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Writes dx; each output's gradient and code is read by the pixels of its window."""
-    offsets, mask, image, row, column, part = _pixels(
-        count, height, width, inner, BLOCK, VECTOR, INT64
+    """Writes dx by cells, with all taps unrolled: for small windows and strides."""
+    image, cell_row, cell_column, part = _locate(
+        tl.cdiv(height + PADDING_H % STRIDE_H, STRIDE_H),
+        tl.cdiv(width + PADDING_W % STRIDE_W, STRIDE_W),
+        inner,
+        BLOCK,
+        VECTOR,
+        INT64,
     )
-    # At most this many windows along an axis hold a given pixel.
+    mask = image < outer
+    step = _step(inner, VECTOR, INT64)
+    # the window that starts with the cell, whole strides of padding aside
+    last_row = cell_row + PADDING_H // STRIDE_H
+    last_column = cell_column + PADDING_W // STRIDE_W
+    last = _offsets(image, last_row, last_column, part, out_height, out_width, inner, VECTOR)
+    sums = ()
+    for pixel in tl.static_range(STRIDE_H * STRIDE_W):
+        total = tl.zeros(last.shape, tl.float32)
+        for tap in tl.static_range(KERNEL_H * KERNEL_W - 1, -1, -1):
+            if (
+                tap // KERNEL_W * DILATION_H % STRIDE_H == pixel // STRIDE_W
+                and tap % KERNEL_W * DILATION_W % STRIDE_W == pixel % STRIDE_W
+            ):
+                up = tap // KERNEL_W * DILATION_H // STRIDE_H
+                left = tap % KERNEL_W * DILATION_W // STRIDE_W
+                inside = mask & (last_row >= up) & (last_row - up < out_height)
+                inside = inside & (last_column >= left) & (last_column - left < out_width)
+                source = last - (up * out_width + left) * step
+                # the compiler merges the loads of taps that share a window
+                code = tl.load(code_pointer + source, mask=inside, other=255)
+                grad = tl.load(grad_pointer + source, mask=inside).to(tl.float32)
+                total = tl.where(code == tap, total + grad, total)
+        sums += (total,)
+    row = cell_row * STRIDE_H - PADDING_H % STRIDE_H
+    column = cell_column * STRIDE_W - PADDING_W % STRIDE_W
+    corner = _offsets(image, row, column, part, height, width, inner, VECTOR)
+    for pixel in tl.static_range(STRIDE_H * STRIDE_W):
+        down = pixel // STRIDE_W
+        right = pixel % STRIDE_W
+        inside = mask & (row + down >= 0) & (row + down < height)
+        inside = inside & (column + right >= 0) & (column + right < width)
+        dx = sums[pixel].to(dx_pointer.dtype.element_ty)
+        tl.store(dx_pointer + corner + (down * width + right) * step, dx, mask=inside)
+
+
+@triton.jit
+def max_pool_backward_looped(
+    grad_pointer,
+    code_pointer,
+    dx_pointer,
+    outer,
+    height,
+    width,
+    out_height,
+    out_width,
+    inner,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """Writes dx by pixels, with a loop over the windows that may hold one: for any geometry."""
+    image, row, column, part = _locate(height, width, inner, BLOCK, VECTOR, INT64)
+    mask = image < outer
+    step = _step(inner, VECTOR, INT64)
     windows_h: tl.constexpr = ((KERNEL_H - 1) * DILATION_H) // STRIDE_H + 1
     windows_w: tl.constexpr = ((KERNEL_W - 1) * DILATION_W) // STRIDE_W + 1
-    total = tl.zeros(offsets.shape, tl.float32)
+    first_row = (row + PADDING_H) // STRIDE_H - (windows_h - 1)
+    first_column = (column + PADDING_W) // STRIDE_W - (windows_w - 1)
+    first = _offsets(image, first_row, first_column, part, out_height, out_width, inner, VECTOR)
+    total = tl.zeros(first.shape, tl.float32)
     for window in range(windows_h * windows_w):
-        out_row = (row + PADDING_H) // STRIDE_H - window // windows_w
-        out_column = (column + PADDING_W) // STRIDE_W - window % windows_w
+        out_row = first_row + window // windows_w
+        out_column = first_column + window % windows_w
         down = row + PADDING_H - out_row * STRIDE_H
         right = column + PADDING_W - out_column * STRIDE_W
-        tap_row = down // DILATION_H
-        tap_column = right // DILATION_W
-        inside = mask & (out_row >= 0) & (out_row < out_height) & (tap_row < KERNEL_H)
-        inside = inside & (out_column >= 0) & (out_column < out_width) & (tap_column < KERNEL_W)
+        inside = mask & (out_row >= 0) & (out_row < out_height)
+        inside = inside & (out_column >= 0) & (out_column < out_width)
+        inside = inside & (down < KERNEL_H * DILATION_H) & (right < KERNEL_W * DILATION_W)
         inside = inside & (down % DILATION_H == 0) & (right % DILATION_W == 0)
-        pixel = (image * out_height + out_row) * out_width + out_column
-        source = _lanes(pixel * (inner // VECTOR) + part, VECTOR)
+        tap = down // DILATION_H * KERNEL_W + right // DILATION_W
+        source = first + (window // windows_w * out_width + window % windows_w) * step
         code = tl.load(code_pointer + source, mask=inside, other=0).to(tl.int32)
         grad = tl.load(grad_pointer + source, mask=inside, other=0.0).to(tl.float32)
-        total += tl.where(inside & (code == tap_row * KERNEL_W + tap_column), grad, 0.0)
+        total = tl.where(code == tap, total + grad, total)
+    offsets = _offsets(image, row, column, part, height, width, inner, VECTOR)
     tl.store(dx_pointer + offsets, total.to(dx_pointer.dtype.element_ty), mask=mask)

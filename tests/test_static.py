@@ -178,6 +178,19 @@ def test_the_budget_notices_scalar_accesses(compiled: list[CompiledKernel]) -> N
         assert kernel.instructions["load_narrower"] > 0
 
 
+def test_pooling_takes_less_time_for_instructions_than_for_bytes(
+    bf16: list[CompiledKernel],
+) -> None:
+    """Forward loads each tap once; backward loads each gradient and code of a cell once."""
+    loads = {"max_pool_forward": (9, 0), "max_pool_backward": (4, 4)}
+    for layer in ("pool1", "pool2", "pool5"):
+        for kernel in select(bf16, target="sm_90", layer=layer):
+            counts = kernel.instructions
+            assert (counts["load_16_bytes"], counts["load_narrower"]) == loads[kernel.kernel]
+            assert kernel.bound == "bytes"
+            assert kernel.shared_bytes == 0
+
+
 def test_every_kernel_is_recorded(bf16: list[CompiledKernel]) -> None:
     written = {
         function.name

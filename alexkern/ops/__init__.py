@@ -12,7 +12,6 @@ from alexkern.ops.lrn import local_response_norm
 from alexkern.ops.lrn_pool import lrn_max_pool2d
 from alexkern.ops.pool import max_pool2d
 
-
 __all__ = [
     "augment",
     "conv2d_bias_relu",

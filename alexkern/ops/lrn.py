@@ -149,7 +149,7 @@ def _launch(
     outer, channels, inner = outer_channels_inner(input)
     groups = normalisation.groups
     rows = outer * groups * -(-channels // groups // 8) * inner
-    blocks = config.pointwise(input, 8)
+    blocks = config.pointwise(input, 8, count=8 * rows)
     launch(
         kernel,
         blocks.programs(8 * rows),

@@ -91,12 +91,9 @@ def fits_one_pass(
     shape: Sequence[int], channels_last: bool, normalisation: Normalisation, windows: Windows
 ) -> bool:
     """Whether the fused kernels take a dense [N, C, H, W] input of this shape and layout."""
-    for axis in range(2):
-        kernel, stride = windows.kernel[axis], windows.stride[axis]
-        last = (windows.output_size[axis] - 1) * stride + kernel
-        if last > shape[2 + axis] or not stride <= kernel <= 2 * stride:
-            return False
-    if windows.padding != (0, 0) or windows.dilation != (1, 1) or prod(windows.stride) > 4:
+    if windows.dilation != (1, 1) or prod(windows.stride) > 4 or not windows.inside(shape[2:]):
+        return False
+    if not all(s <= k <= 2 * s for s, k in zip(windows.stride, windows.kernel, strict=True)):
         return False
     if channels_last:
         return normalisation.vectors(shape[1], channels_last)

@@ -1,6 +1,7 @@
 """Max-pooling with overlapping windows."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,11 @@ from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
 from alexkern.runtime.launch import device_code, empty, launch
 from alexkern.runtime.layout import dense, dense_as, is_channels_last
+
+# Taps up to which a kernel unrolls a window, and pixels of a stride, each a sum in registers, up
+# to which backward does. Beyond, a loop needs fewer registers and hardly more instructions.
+_FORWARD_TAPS = 9
+_BACKWARD_TAPS, _BACKWARD_PIXELS = 25, 4
 
 
 def max_pool2d(
@@ -71,6 +77,34 @@ class Windows(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     output_size: tuple[int, int]
+
+    @property
+    def taps(self) -> int:
+        """Of one window."""
+        return self.kernel[0] * self.kernel[1]
+
+    def inside(self, input_size: Sequence[int]) -> bool:
+        """Whether every tap of every window is inside the image."""
+        spans = [
+            (self.output_size[axis] - 1) * self.stride[axis]
+            + (self.kernel[axis] - 1) * self.dilation[axis]
+            for axis in range(2)
+        ]
+        return self.padding == (0, 0) and all(s < n for s, n in zip(spans, input_size, strict=True))
+
+    def cells(self, input_size: Sequence[int]) -> tuple[int, int]:
+        """How many cells of one stride cover the image, whose padding shifts the first."""
+        shifted = [input_size[axis] + self.padding[axis] % self.stride[axis] for axis in range(2)]
+        return -(-shifted[0] // self.stride[0]), -(-shifted[1] // self.stride[1])
+
+    def constants(self) -> dict[str, int]:
+        """The kernels' constants."""
+        names = ("KERNEL", "STRIDE", "PADDING", "DILATION")
+        return {
+            name + axis: extent
+            for name, extents in zip(names, self[:4], strict=True)
+            for axis, extent in zip(("_H", "_W"), extents, strict=True)
+        }
 
 
 def checked_windows(
@@ -149,8 +183,7 @@ class _MaxPool2d(Function):
         input = dense(input)
         channels_last = is_channels_last(input)
         shape = (*input.shape[:2], *windows.output_size)
-        taps = windows.kernel[0] * windows.kernel[1]
-        code_dtype = torch.uint8 if taps <= 256 else torch.int32
+        code_dtype = torch.uint8 if windows.taps <= 256 else torch.int32
         output = empty(shape, input, channels_last=channels_last)
         code = empty(shape, input, code_dtype, channels_last) if save_code else None
         indices = empty(shape, input, torch.int64, channels_last) if return_indices else None
@@ -163,10 +196,13 @@ class _MaxPool2d(Function):
                 code if code is not None else output,
                 indices if indices is not None else output,
             ),
-            output,
+            windows.output_size,
             input.shape[2:],
             windows,
+            output,
             channels_last,
+            INSIDE=windows.inside(input.shape[2:]),
+            UNROLL=windows.taps if windows.taps <= _FORWARD_TAPS else 1,
             CODE=save_code,
             INDICES=return_indices,
         )
@@ -187,12 +223,18 @@ class _MaxPool2d(Function):
         output_grad = dense_as(output_grad, ctx.channels_last)
         shape = (*code.shape[:2], *ctx.input_size)
         input_grad = empty(shape, output_grad, channels_last=ctx.channels_last)
+        windows = ctx.windows
+        if windows.taps <= _BACKWARD_TAPS and prod(windows.stride) <= _BACKWARD_PIXELS:
+            kernel, owned = device_code("pool").max_pool_backward, windows.cells(ctx.input_size)
+        else:
+            kernel, owned = device_code("pool").max_pool_backward_looped, ctx.input_size
         _launch(
-            device_code("pool").max_pool_backward,
+            kernel,
             (output_grad, code, input_grad),
-            input_grad,
+            owned,
             ctx.input_size,
-            ctx.windows,
+            windows,
+            output_grad,
             ctx.channels_last,
         )
         return input_grad, None, None, None
@@ -201,27 +243,27 @@ class _MaxPool2d(Function):
 def _launch(
     kernel: Any,
     tensors: tuple[Tensor, ...],
-    owned: Tensor,
+    owned: Sequence[int],
     input_size: Sequence[int],
     windows: Windows,
+    output: Tensor,
     channels_last: bool,
-    **flags: bool,
+    **flags: int,
 ) -> None:
-    """Launch over the elements of ``owned``, the result that the programs write."""
-    inner = owned.shape[1] if channels_last else 1
-    blocks = config.pointwise(owned, inner, scalar_block=512)
-    names = ("KERNEL", "STRIDE", "PADDING", "DILATION")
-    extents = [extent for extents in windows[:4] for extent in extents]
-    constants = dict(zip([n + axis for n in names for axis in ("_H", "_W")], extents, strict=True))
+    """Launch programs that own ``owned`` rows and columns of each image (see the kernels)."""
+    images, channels = output.shape[:2]
+    outer, inner = (images, channels) if channels_last else (images * channels, 1)
+    count = outer * owned[0] * owned[1] * inner
+    blocks = config.pointwise(output, inner, scalar_block=512, count=count)
     launch(
         kernel,
-        blocks.programs(owned.numel()),
+        blocks.programs(count),
         *tensors,
-        owned.numel(),
+        outer,
         *input_size,
         *windows.output_size,
         inner,
-        **constants,
+        **windows.constants(),
         **flags,
         BLOCK=blocks.rows,
         VECTOR=blocks.vector,

@@ -81,9 +81,15 @@ class PointwiseConfig:
 
 
 def pointwise(
-    tensor: Tensor, divisible: int, scalar_block: int = 1024, width: int = 8
+    tensor: Tensor,
+    divisible: int,
+    scalar_block: int = 1024,
+    width: int = 8,
+    count: int | None = None,
 ) -> PointwiseConfig:
     """For kernels that treat ``divisible`` neighbouring elements alike (see ``VECTOR``).
+
+    The programs own ``count`` elements together, by default the tensor's.
 
     Vectors have ``width`` elements (8: 16 bytes in half precision) where it divides ``divisible``.
     Elsewhere a program takes ``scalar_block`` elements: fewer where each has addresses of its
@@ -93,7 +99,8 @@ def pointwise(
     if isinstance(_forced, PointwiseConfig):
         return replace(_forced, vector=vector)
     if for_interpreter(tensor):
-        return PointwiseConfig(min(2**17, power_of_two(max(tensor.numel(), 8))), vector, 4)
+        count = tensor.numel() if count is None else count
+        return PointwiseConfig(min(2**17, power_of_two(max(count, 8))), vector, 4)
     return PointwiseConfig(1024 if vector > 1 else scalar_block, vector, 4)
 
 

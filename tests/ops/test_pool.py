@@ -31,6 +31,14 @@ GEOMETRIES = {
     "ceil drops a window": ((1, 1, 4, 4), 2, {"stride": 3, "padding": 1, "ceil_mode": True}),
     "whole image": ((2, 3, 5, 4), (5, 4), {}),
     "one pixel": ((2, 3, 1, 1), 1, {}),
+    "every other pixel": ((2, 3, 6, 7), 1, {"stride": 2}),
+    "a stride of padding": ((2, 3, 8, 7), (4, 5), {"stride": (1, 2), "padding": 2}),
+    "long stride": ((2, 3, 11, 9), (1, 3), {"stride": (1, 4), "padding": (0, 1)}),
+    "30 taps": (
+        (2, 3, 14, 17),
+        (6, 5),
+        {"stride": (2, 3), "padding": (3, 1), "dilation": (1, 3), "ceil_mode": True},
+    ),
     "unbatched": ((3, 7, 6), 3, {"stride": 2}),
     "256 taps": ((1, 2, 17, 18), 16, {"stride": 1}),
     "289 taps": ((1, 2, 18, 17), 17, {"stride": 1, "padding": 3}),
@@ -50,6 +58,47 @@ def test_geometry(randn, backend, geometry, layout):
     shape, kernel, keywords = GEOMETRIES[geometry]
     layout = layout if len(shape) == 4 else "nchw"
     check_pool(randn(*shape, layout=layout), kernel, **keywords)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "geometry", [name for name in GEOMETRIES if name[:3] not in ("256", "289")]
+)
+def test_gradient_is_a_sum_in_the_order_of_the_windows(randn, triton, geometry, layout):
+    """As PyTorch computes it on a CPU: the same bits, so that -0.0 alone gives 0.0, too."""
+    shape, kernel, keywords = GEOMETRIES[geometry]
+    layout = layout if len(shape) == 4 else "nchw"
+    ours, theirs = leaves(*[randn(*shape, layout=layout)] * 2)
+    theirs = theirs.cpu().contiguous().detach().requires_grad_()
+    output = ops.max_pool2d(ours, kernel, **keywords)
+    upstream = randn(*output.shape, seed=7) * randn(*output.shape, seed=8).relu()
+    output.backward(upstream)
+    F.max_pool2d(theirs, kernel, **keywords).backward(upstream.cpu())
+    assert (upstream == 0).any()
+    check_same(ours.grad.cpu(), theirs.grad)
+
+
+# kernel, keywords; whether taps are unrolled forward, INSIDE, backward's kernel
+PATHS = {
+    "paper": (3, {"stride": 2}, True, True, "max_pool_backward"),
+    "padding": (3, {"stride": 2, "padding": 1}, True, False, "max_pool_backward"),
+    "overhang": (3, {"stride": (2, 1), "ceil_mode": True}, True, False, "max_pool_backward"),
+    "25 taps": (5, {"stride": 2}, False, True, "max_pool_backward"),
+    "26 taps": ((2, 13), {"stride": 2}, False, True, "max_pool_backward_looped"),
+    "stride of 5": (3, {"stride": (5, 1)}, True, True, "max_pool_backward_looped"),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths(randn, triton, launches, path):
+    """Which way each geometry takes, so that the others here are known to cover them all."""
+    kernel, keywords, unrolled, inside, backward = PATHS[path]
+    (input,) = leaves(randn(1, 2, 14, 15))
+    ops.max_pool2d(input, kernel, **keywords).sum().backward()
+    first, second = launches
+    assert (first.constants["UNROLL"] > 1) == unrolled
+    assert first.constants["INSIDE"] == inside
+    assert second.kernel.__name__ == backward
 
 
 @st.composite
@@ -117,8 +166,9 @@ def test_ties_go_to_the_first(backend, device, layout):
     assert indices[0, 0].tolist() == [[0, 2], [10, 12]]
 
 
+@pytest.mark.parametrize("kernel", [3, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values(backend, device, dtype):
+def test_special_values(backend, device, dtype, kernel):
     """NaN wins (the last one), -inf loses, signs of zero are kept, all -inf gives the first."""
     special = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, -1e-42, 1.0]
     generator = torch.Generator().manual_seed(1)
@@ -128,8 +178,8 @@ def test_special_values(backend, device, dtype):
     input[0, 1] = -0.0
     for padding in (0, 1):
         (ours,), (theirs,) = leaves(input), leaves(input)
-        actual = ops.max_pool2d(ours, 3, 2, padding, return_indices=True)
-        expected = F.max_pool2d(theirs, 3, 2, padding, return_indices=True)
+        actual = ops.max_pool2d(ours, kernel, 2, padding, return_indices=True)
+        expected = F.max_pool2d(theirs, kernel, 2, padding, return_indices=True)
         for a, e in zip(actual, expected, strict=True):
             check_same(a.detach(), e.detach())
         for output in (actual[0], expected[0]):
