@@ -104,13 +104,11 @@ def max_pool_forward(
     best = tl.full(corner.shape, float("-inf"), tl.float32)
     code = tl.zeros(corner.shape, tl.int32)
     if not INSIDE:
-        # The first tap inside the image. A window without one (possible with dilation) has code
-        # -1; the last code value stands for it, which in a full window is a tap outside the image.
+        # The first tap inside the image. A window without one (possible with dilation) gets some
+        # code, which is harmless: all of its taps are outside, where there is no gradient.
         tap_row = (tl.maximum(-row, 0) + DILATION_H - 1) // DILATION_H
         tap_column = (tl.maximum(-column, 0) + DILATION_W - 1) // DILATION_W
-        found = (tap_row < KERNEL_H) & (row + tap_row * DILATION_H < height)
-        found = found & (tap_column < KERNEL_W) & (column + tap_column * DILATION_W < width)
-        code += tl.where(found, tap_row * KERNEL_W + tap_column, -1).to(tl.int32)
+        code += (tap_row * KERNEL_W + tap_column).to(tl.int32)
     for tap in tl.range(KERNEL_H * KERNEL_W, loop_unroll_factor=UNROLL):
         down = tap // KERNEL_W * DILATION_H
         right = tap % KERNEL_W * DILATION_W

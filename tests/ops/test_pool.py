@@ -16,11 +16,12 @@ from numerics import (
 
 import alexkern
 from alexkern import ops
-from alexkern.runtime.config import shipped_configurations
+from alexkern.runtime.config import PointwiseConfig, forced, shipped_configurations
 
 # input, kernel, keywords
 GEOMETRIES = {
     "paper": ((2, 3, 13, 13), 3, {"stride": 2}),
+    "half a stride of padding": ((2, 3, 8, 6), 3, {"stride": 2, "padding": 1}),
     "apart": ((2, 3, 8, 9), 2, {}),
     "gaps": ((2, 2, 9, 11), 2, {"stride": 3}),
     "sides differ": ((2, 3, 7, 11), (2, 3), {"stride": (1, 2), "padding": (1, 1)}),
@@ -37,7 +38,7 @@ GEOMETRIES = {
     "30 taps": (
         (2, 3, 14, 17),
         (6, 5),
-        {"stride": (2, 3), "padding": (3, 1), "dilation": (1, 3), "ceil_mode": True},
+        {"stride": (2, 3), "padding": (3, 1), "dilation": (2, 3), "ceil_mode": True},
     ),
     "unbatched": ((3, 7, 6), 3, {"stride": 2}),
     "256 taps": ((1, 2, 17, 18), 16, {"stride": 1}),
@@ -152,6 +153,17 @@ def test_shipped_configurations(randn, triton, launches, dtype, layout):
         check_pool(randn(2, 16, 21, 23, dtype=dtype, layout=layout), 3, stride=2)
     assert {made.constants["VECTOR"] for made in launches} == {8 if layout != "nchw" else 1}
     assert all(made.grid[0] > 1 for made in launches)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path", ["paper", "padding", "26 taps"])
+def test_the_grid_covers_the_image(randn, triton, launches, path, layout):
+    """With no lane to spare: blocks of two vectors of 8 elements, or of 16 pixels."""
+    kernel, keywords, *_ = PATHS[path]
+    channels = 8 if layout == "channels_last" else 4
+    with forced(PointwiseConfig(16, 1, 4)):
+        check_pool(randn(1, channels, 6, 15, layout=layout), kernel, **keywords)
+    assert all(made.grid[0] > 1 for made in launches[:2])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
