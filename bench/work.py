@@ -8,7 +8,7 @@ per multiply and add), zeros of the padding included; the rest never limits a GP
 from dataclasses import dataclass
 from math import prod
 
-from bench.layers import CONVOLUTIONS, FULLY_CONNECTED, POOLS, Convolution, Shape
+from bench.layers import CONVOLUTIONS, FULLY_CONNECTED, NORMALISED, POOLS, Convolution, Shape
 from bench.record import Ceilings
 
 # Bytes per parameter of one pass of SGD with float32 master weights and velocity: both read and
@@ -32,10 +32,13 @@ class Work:
         return max(matmul, self.bytes / ceilings.copy_bytes_per_second)
 
 
-def convolution(layer: Convolution, direction: str, batch: int, itemsize: int) -> Work:
-    """Convolution, bias and ReLU. ``backward`` is both gradients behind the ReLU's mask.
+def convolution(
+    layer: Convolution, direction: str, batch: int, itemsize: int, masked: bool = True
+) -> Work:
+    """Convolution, bias and ReLU. ``backward`` is both gradients.
 
-    The image's gradient is not needed by the first layer, which has 3 channels.
+    The image's gradient is not needed by the first layer, which has 3 channels. ``masked``:
+    backward reads the output for the ReLU's mask.
     """
     out, products = layer.channels, layer.group_in * layer.kernel**2
     x, y = batch * prod(layer.shape), batch * out * prod(layer.output_size)
@@ -48,7 +51,7 @@ def convolution(layer: Convolution, direction: str, batch: int, itemsize: int) -
     if direction != "backward":
         return Work(flops, elements[direction] * itemsize)
     needs_input = layer.shape[0] > 3
-    read, written = 2 * y + x + weight * needs_input, x * needs_input + weight + out
+    read, written = (1 + masked) * y + x + weight * needs_input, x * needs_input + weight + out
     return Work(flops * (1 + needs_input), (read + written) * itemsize)
 
 
@@ -78,6 +81,15 @@ def augmentation(crop: tuple[int, int], batch: int, itemsize: int) -> Work:
     """
     values = 3 * prod(crop)
     return Work(0, batch * (values * (1 + itemsize) + 2 * 8 + 1 + 3 * 4) + 4 * values)
+
+
+def convolution_normalisation_pooling(
+    layer: Convolution, direction: str, batch: int, itemsize: int
+) -> Work:
+    """A whole layer; what the normalisation reads again in backward is the ReLU's mask, too."""
+    shape = (layer.channels, *layer.output_size)
+    tail = normalisation_pooling(shape, direction, batch, itemsize)
+    return convolution(layer, direction, batch, itemsize, masked=False) + tail
 
 
 def pointwise(count: int, itemsize: int) -> Work:
@@ -121,9 +133,11 @@ def network(batch: int, itemsize: int, *, training: bool, response_norm: bool) -
     image = batch * prod(CONVOLUTIONS["conv1"].shape)
     parts = [Work(0, image * (4 + itemsize))]  # float32 images into the network's dtype
     for direction in ("forward", "backward") if training else ("forward",):
-        parts += [convolution(c, direction, batch, itemsize) for c in CONVOLUTIONS.values()]
+        for name, layer in CONVOLUTIONS.items():
+            normalised = response_norm and name.removeprefix("conv") in NORMALISED
+            parts.append(convolution(layer, direction, batch, itemsize, masked=not normalised))
         for number, shape in POOLS.items():
-            if response_norm and number != "5":
+            if response_norm and number in NORMALISED:
                 parts.append(normalisation_pooling(shape, direction, batch, itemsize, training))
             else:
                 parts.append(pooling(shape, batch, itemsize, training))
