@@ -14,8 +14,14 @@ BACKENDS = ("auto", "triton", "torch")
 _selected: ContextVar[str | None] = ContextVar("alexkern_backend", default=None)
 
 # What `auto` takes on a GPU. No timing on a GPU is on record yet: these follow from the bytes
-# that each side moves (LRN, pool, dropout), and an unmeasured convolution gets the vendor's.
-_AUTO_ON_GPU = {"conv": "torch", "lrn": "triton", "pool": "triton", "dropout": "triton"}
+# that each side moves (all but the convolution), and an unmeasured convolution gets the vendor's.
+_AUTO_ON_GPU = {
+    "conv": "torch",
+    "lrn": "triton",
+    "pool": "triton",
+    "dropout": "triton",
+    "sgd": "triton",
+}
 
 
 def _checked(name: str, source: str) -> str:

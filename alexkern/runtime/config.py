@@ -88,11 +88,20 @@ def pointwise(tensor: Tensor, divisible: int, scalar_block: int = 1024) -> Point
     own that would not fit the registers.
     """
     vector = 8 if divisible % 8 == 0 else 1
+    return _pointwise(tensor, 1024 if vector > 1 else scalar_block, vector)
+
+
+def multi_tensor(largest: Tensor, vector: int) -> PointwiseConfig:
+    """For a kernel that goes over many tensors, small ones and up to the size of ``largest``."""
+    return _pointwise(largest, 2048 if vector > 1 else 1024, vector, 2**15)
+
+
+def _pointwise(tensor: Tensor, block: int, vector: int, largest: int = 2**17) -> PointwiseConfig:
     if isinstance(_forced, PointwiseConfig):
         return replace(_forced, vector=vector)
     if for_interpreter(tensor):
-        return PointwiseConfig(min(2**17, power_of_two(max(tensor.numel(), 8))), vector, 4)
-    return PointwiseConfig(1024 if vector > 1 else scalar_block, vector, 4)
+        return PointwiseConfig(min(largest, power_of_two(max(tensor.numel(), 8))), vector, 4)
+    return PointwiseConfig(block, vector, 4)
 
 
 @dataclass(frozen=True)
