@@ -45,7 +45,7 @@ slice_1() {
 
 slice_2() {
   step 50 bench/bench_training.py -k 'paper and not compile' "${timed[@]}" # if that below is cut
-  step 220 bench/bench_{lrn,pool,lrn_path,dropout,conv}.py "${timed[@]}"
+  step 220 bench/bench_{lrn,pool,lrn_path,dropout,sgd,conv}.py "${timed[@]}"
   step 220 bench/bench_training.py -k paper "${timed[@]}"
 }
 

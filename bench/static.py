@@ -23,6 +23,8 @@ import torch
 
 import alexkern.ops as ops
 from alexkern import use_backend
+from alexkern.models import alexnet
+from alexkern.optim import KrizhevskySGD
 from alexkern.runtime.launch import Launch, record_launches
 from bench import lrn_path
 from bench.compile_record import (
@@ -47,6 +49,8 @@ from bench.programs import (
     executed_instructions,
 )
 from bench.record import FORMAT, RecordError, load, save
+from bench.work import parameters as parameter_count
+from bench.work import update
 
 # not in the paper: channels, and elements in the batch, that 8 divides and 16 does not
 ODD = (24, 7, 7)
@@ -54,10 +58,14 @@ _ODD_BATCH = 3
 # so many images that offsets need 64 bits
 _LARGE_BATCH = 2**15
 
+# Parameters that the optimizer's kernel updates, of which it is given addresses only. The odd
+# ones are fewer than a vector.
+_UPDATED = {"sgd": parameter_count(), "odd sgd": 3}
+
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 TARGETS = (*GPUS, "gfx942")
 # the last is no op's, but that of docs/kernel-path.md
-STEMS = ("conv", "dropout", "lrn", "pool", "lrn_path")
+STEMS = ("conv", "dropout", "lrn", "pool", "sgd", "lrn_path")
 _EVERYTHING: dict[str, Sequence[str]] = {
     "targets": tuple(GPUS),
     "dtypes": tuple(DTYPES),
@@ -148,6 +156,18 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     def dropping(*shape: int, **place: Any) -> Any:
         return lambda: ops.dropout(tensor(*shape), **place)
 
+    def updating(*shapes: tuple[int, ...]) -> Any:
+        learned = [tensor(*shape) for shape in shapes]
+        for parameter in learned:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = KrizhevskySGD(learned, lr=0.01)
+
+        def step() -> torch.Tensor:
+            optimizer.step()
+            return learned[0].detach()
+
+        return step
+
     for name, layer in CONVOLUTIONS.items():
         yield name, convolution(BATCH, *layer)
     for number, shape in POOLS.items():
@@ -161,6 +181,10 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     for number, (units,) in DROPOUTS.items():
         yield f"dropout{number}", dropping(BATCH, units)
         yield f"dropout{number} shard", dropping(BATCH, units // 2, row_stride=units)
+    with torch.device("meta"):
+        network = alexnet("paper")
+    yield "sgd", updating(*(parameter.shape for parameter in network.parameters()))
+    yield "odd sgd", updating((_UPDATED["odd sgd"],))
     for name, batch, shape in (
         ("odd", _ODD_BATCH, ODD),
         ("large", _LARGE_BATCH, CONVOLUTIONS["conv2"][0]),
@@ -180,6 +204,12 @@ def _layer_launch(
     # a pointer that the kernel does not use is given a tensor that is there already
     tensors = {id(v): v for v in launch.arguments if isinstance(v, torch.Tensor)}.values()
     trips = TRIPS.get(kernel.__name__)
+    if layer in _UPDATED:
+        elements = _UPDATED[layer]
+        size = update(elements, DTYPES[dtype].itemsize).bytes
+    else:
+        elements = _elements(kernel.__name__, parameters)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return LayerLaunch(
         layer,
         direction,
@@ -188,8 +218,8 @@ def _layer_launch(
         layout,
         compilation(launch),
         programs=prod(launch.grid),
-        elements=_elements(kernel.__name__, parameters),
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        elements=elements,
+        bytes=size,
         flops=_flops(kernel.__name__, parameters),
         trips=trips(parameters) if trips else None,
     )
