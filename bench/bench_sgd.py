@@ -59,8 +59,9 @@ class Updated:
         ours = variant == "alexkern"
         self.makes_copies = self._casts or ours
         learned = self.copies if ours else [weight.to(dtype, copy=True) for weight in weights]
-        for weight, gradient in zip(learned, gradients, strict=True):
-            weight.grad = gradient if ours else gradient.to(dtype)
+        self._gradients = gradients if ours else [gradient.to(dtype) for gradient in gradients]
+        for weight, gradient in zip(learned, self._gradients, strict=True):
+            weight.grad = gradient
         way: dict[str, Any] = {"fused" if variant.startswith("fused") else "foreach": True}
         rule: Any = KrizhevskySGD if ours else partial(torch.optim.SGD, **way)
         self._optimizer = rule(learned, **_RULE)
@@ -68,7 +69,7 @@ class Updated:
     def step(self) -> Tensor:
         """One update; gives the first of the network's weights."""
         if self._casts:
-            torch._foreach_copy_([weight.grad for weight in self._learned], self._given)
+            torch._foreach_copy_(self._gradients, self._given)
         with use_backend("triton"):
             self._optimizer.step()
         if self._casts:
