@@ -68,8 +68,9 @@ class KrizhevskySGD(Optimizer):
     The ``triton`` backend, and ``auto`` on a GPU, update all parameters of a group that agree in
     device and dtypes in one launch and one pass, 20 bytes per parameter; elements that cannot
     be read 16 bytes at a time (a tensor's last three, an odd address) take a second one. Other
-    dtypes and parameters with gaps in memory take ``torch._foreach`` calls, as does the ``torch``
-    backend. A gradient whose memory order is not its parameter's is copied once per step.
+    dtypes, parameters with gaps in memory and tensor subclasses take ``torch._foreach`` calls, as
+    does the ``torch`` backend. A gradient in another memory order than its parameter is copied
+    once per step.
 
     CUDA graphs: give ``lr`` as a float32 tensor on the device, which each replay reads, and make
     the same step once before the capture, as state and tables of addresses are not made during
@@ -166,7 +167,7 @@ class KrizhevskySGD(Optimizer):
         for index, group in enumerate(self.param_groups):
             for kind, updates in self._updates(group).items():
                 first, rule = updates[0], self._rule(group, kind.device)
-                if kind.dense and runs_triton("sgd", first.parameter, first.gradient):
+                if kind.plain and runs_triton("sgd", first.parameter, first.gradient):
                     self._launch((index, kind), updates, rule)
                 else:
                     _run_reference(updates, rule)
@@ -200,27 +201,29 @@ class KrizhevskySGD(Optimizer):
                 continue
             if gradient.layout != torch.strided:
                 raise RuntimeError("KrizhevskySGD does not support sparse gradients")
-            master, velocity = self._state_of(parameter)
-            dense = is_dense(parameter)
-            if dense:
+            plain = type(parameter) in (Tensor, nn.Parameter) and is_dense(parameter)
+            master, velocity = self._state_of(parameter, plain)
+            if plain:
                 gradient = ordered_as(gradient, parameter)
-            kind = _Kind(parameter.device, parameter.dtype, gradient.dtype, dense)
+            kind = _Kind(parameter.device, parameter.dtype, gradient.dtype, plain)
             found[kind].append(_Update(parameter, master, velocity, gradient))
         return found
 
-    def _state_of(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    def _state_of(self, parameter: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
         """Master weight (the parameter itself if not half precision) and velocity."""
         state, dtype = self.state[parameter], _state_dtype(parameter)
+        half = parameter.dtype in _HALF
         if "velocity" not in state:
             _check_not_captured(parameter)
             state["velocity"] = torch.zeros_like(parameter, dtype=dtype)
-        if parameter.dtype in _HALF and "master" not in state:
+        if half and "master" not in state:
             _check_not_captured(parameter)
             state["master"] = parameter.detach().to(dtype)
-        if is_dense(parameter):  # a model may change its memory format, or load another's state
-            for name in state.keys() & {"velocity", "master"}:
-                state[name] = ordered_as(state[name], parameter)
-        return state.get("master", parameter), state["velocity"]
+        # A model may move, change its memory format, or continue with another one's state.
+        for name in ("velocity", "master") if half else ("velocity",):
+            value = state[name].to(parameter.device, dtype)
+            state[name] = ordered_as(value, parameter) if plain else value
+        return state["master"] if half else parameter, state["velocity"]
 
     def _rule(self, group: dict[str, Any], device: torch.device) -> "_Rule":
         lr, factor = group["lr"], group["lr_factor"]
@@ -267,12 +270,16 @@ class _Update(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What the updates of one launch have in common; ``dense`` is about the parameters."""
+    """What the updates of one launch have in common.
+
+    The elements of ``plain`` parameters are all there is in a stretch of memory: no gaps, and no
+    subclass that keeps them elsewhere.
+    """
 
     device: torch.device
     parameter: torch.dtype
     gradient: torch.dtype
-    dense: bool
+    plain: bool
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:

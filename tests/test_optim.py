@@ -576,6 +576,23 @@ def test_checkpoints_of_before_master_weights_load(backend, layers):
     assert optimizer.param_groups[0]["lr_factor"] == 1.0
 
 
+def test_a_half_precision_state_continues_in_float32(backend, layers):
+    """Its master weights are nothing to a model that has all digits itself."""
+    problem = layers(torch.bfloat16)
+    optimizer = KrizhevskySGD(problem.parameters, lr=0.1)
+    problem.run(optimizer, RATES[:1])
+    wide = Problem([nn.Parameter(p.detach().float()) for p in problem.parameters], [])
+    resumed = KrizhevskySGD(wide.parameters, lr=1.0, weight_decay=0.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    velocity = resumed.state[wide.parameters[3]]["velocity"].clone()
+    before = wide.parameters[3].detach().clone()
+    for parameter in wide.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    resumed.param_groups[0]["weight_decay"] = 0.0
+    resumed.step()
+    torch.testing.assert_close(wide.parameters[3].detach(), before + 0.9 * velocity)
+
+
 def test_a_copied_optimizer_works(backend, layers):
     problem = layers()
     optimizer = KrizhevskySGD(problem.parameters, lr=0.1)
@@ -610,6 +627,19 @@ def test_parameters_with_gaps_in_memory(backend, launches, randn):
     problem.run(optimizer, RATES)
     check_rule(problem, optimizer, start)
     assert torch.equal(whole[:, 1::2], gaps)
+    assert not launches
+
+
+def test_tensor_subclasses(backend, launches, randn):
+    class Special(Tensor):
+        pass
+
+    weight = randn(5, 3).as_subclass(Special).requires_grad_()
+    problem = Problem([weight], [[randn(5, 3, seed=step)] for step in range(4)])
+    start = problem.again()
+    optimizer = KrizhevskySGD(problem.parameters, lr=1.0)
+    problem.run(optimizer, RATES)
+    check_rule(problem, optimizer, start)
     assert not launches
 
 
