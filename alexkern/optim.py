@@ -177,6 +177,7 @@ class KrizhevskySGD(Optimizer):
         self._plans: dict[tuple[int, _Kind], _Plan] = {}
         self._captured: list[tuple[Tensor, ...]] = []  # what graphs may read at any time
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # no traced tensor has an address
     def _launch(self, key: "tuple[int, _Kind]", updates: "list[_Update]", rule: "_Rule") -> None:
         """Run the kernel on updates of one kind, through tables that are made when needed."""
         places = [update.place for update in updates]

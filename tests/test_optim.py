@@ -643,6 +643,24 @@ def test_tensor_subclasses(backend, launches, randn):
     assert not launches
 
 
+def test_a_compiled_function_may_make_a_step(backend, device):
+    def made() -> tuple[nn.Module, KrizhevskySGD]:
+        torch.manual_seed(0)
+        model = nn.Linear(9, 4, device=device)
+        return model, KrizhevskySGD(model.parameters(), lr=0.1)
+
+    def step(model: nn.Module, optimizer: KrizhevskySGD) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(5, 9, device=device)).square().mean().backward()
+        optimizer.step()
+
+    eager, compiled = made(), made()
+    for _ in range(2):
+        step(*eager)
+        torch.compile(step, backend="eager")(*compiled)
+    check_bits(state(compiled[1]), state(eager[1]))
+
+
 def test_expanded_gradients(backend, device):
     weight = nn.Parameter(torch.ones(5, 7, device=device))
     optimizer = KrizhevskySGD([weight], lr=0.5, weight_decay=0.0)
