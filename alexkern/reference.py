@@ -205,5 +205,34 @@ def augment(
     return output
 
 
+def krizhevsky_sgd(
+    weights: list[Tensor],
+    velocities: list[Tensor],
+    gradients: list[Tensor],
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """``v <- momentum * v - lr * (weight_decay * w + g / grad_scale)``, then ``w <- w + v``.
+
+    The rule of the paper's section 5, on weights and velocities in place. Nothing changes where
+    ``found_inf`` is not zero, which no one waits to know.
+    """
+    changes = [g.to(w.dtype, copy=True) for g, w in zip(gradients, weights, strict=True)]
+    if grad_scale is not None:
+        torch._foreach_div_(changes, grad_scale)
+    torch._foreach_add_(changes, weights, alpha=weight_decay)
+    torch._foreach_mul_(changes, lr)
+    before = [] if found_inf is None else [t.clone() for t in (*weights, *velocities)]
+    torch._foreach_mul_(velocities, momentum)
+    torch._foreach_sub_(velocities, changes)
+    torch._foreach_add_(weights, velocities)
+    if found_inf is not None:
+        for new, old in zip((*weights, *velocities), before, strict=True):
+            new.copy_(torch.where(found_inf == 0, new, old))
+
+
 def _compute_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32

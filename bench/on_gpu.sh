@@ -45,7 +45,8 @@ slice_1() {
 
 slice_2() {
   step 50 bench/bench_training.py -k 'paper and not compile' "${timed[@]}" # if that below is cut
-  step 220 bench/bench_{lrn,pool,lrn_path,dropout,linear,conv}.py "${timed[@]}"
+  step 220 bench/bench_{lrn_pool,conv_lrn_pool,lrn,pool,sgd,augment,linear,dropout,conv,lrn_path}.py \
+    "${timed[@]}"
   step 220 bench/bench_training.py -k paper "${timed[@]}"
 }
 

@@ -23,6 +23,8 @@ import torch
 
 import alexkern.ops as ops
 from alexkern import use_backend
+from alexkern.models import alexnet
+from alexkern.optim import KrizhevskySGD
 from alexkern.runtime.launch import Launch, record_launches
 from bench import lrn_path
 from bench.compile_record import (
@@ -55,6 +57,8 @@ from bench.programs import (
     executed_instructions,
 )
 from bench.record import FORMAT, RecordError, load, save
+from bench.work import parameters as parameter_count
+from bench.work import update
 
 # not in the paper: channels, and elements in the batch, that 8 divides and 16 does not
 ODD = (24, 7, 7)
@@ -62,10 +66,14 @@ _ODD_BATCH = 3
 # so many images that offsets need 64 bits
 _LARGE_BATCH = 2**15
 
+# Parameters that the optimizer's kernel updates, of which it is given addresses only. The odd
+# ones are fewer than a vector.
+_UPDATED = {"sgd": parameter_count(), "odd sgd": 3}
+
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 TARGETS = (*GPUS, "gfx942")
 # the last is no op's, but that of docs/kernel-path.md
-STEMS = ("augment", "conv", "dropout", "linear", "lrn", "lrn_pool", "pool", "lrn_path")
+STEMS = ("augment", "conv", "dropout", "linear", "lrn", "lrn_pool", "pool", "sgd", "lrn_path")
 _EVERYTHING: dict[str, Sequence[str]] = {
     "targets": tuple(GPUS),
     "dtypes": tuple(DTYPES),
@@ -190,6 +198,18 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         arguments = images, corners, flips, mean, 57.6, shift
         return lambda: ops.augment(*arguments, dtype=DTYPES[dtype])
 
+    def updating(*shapes: tuple[int, ...]) -> Any:
+        learned = [tensor(*shape) for shape in shapes]
+        for parameter in learned:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = KrizhevskySGD(learned, lr=0.01)
+
+        def step() -> torch.Tensor:
+            optimizer.step()
+            return learned[0].detach()
+
+        return step
+
     if layout == "nhwc":  # the only layout of the result
         yield "augment", augmentation(BATCH, *AUGMENTATION)
         yield "augment shift", augmentation(BATCH, *AUGMENTATION, shifted=True)
@@ -215,6 +235,10 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         yield name, fully_connected(BATCH, *FULLY_CONNECTED[name])
     yield "fc6 eval", fully_connected(BATCH, *FULLY_CONNECTED["fc6"], training=False)
     yield "fc6 linear", fully_connected(BATCH, *FULLY_CONNECTED["fc6"], activation="none")
+    with torch.device("meta"):
+        network = alexnet("paper")
+    yield "sgd", updating(*(parameter.shape for parameter in network.parameters()))
+    yield "odd sgd", updating((_UPDATED["odd sgd"],))
     for name, batch, shape, outputs in (
         ("odd", _ODD_BATCH, ODD, ODD[0]),
         ("large", _LARGE_BATCH, CONVOLUTIONS["conv2"][0], 2**17),
@@ -236,6 +260,12 @@ def _layer_launch(
     arguments = dict(zip(kernel.arg_names, launch.arguments, strict=False))
     parameters = SimpleNamespace(**arguments, **launch.constants)
     trips = TRIPS.get(kernel.__name__)
+    if layer in _UPDATED:
+        elements = _UPDATED[layer]
+        size = update(elements, DTYPES[dtype].itemsize).bytes
+    else:
+        elements = _elements(kernel.__name__, parameters)
+        size = _bytes(kernel.__name__, parameters)
     return LayerLaunch(
         layer,
         direction,
@@ -244,8 +274,8 @@ def _layer_launch(
         layout,
         compilation(launch),
         programs=prod(launch.grid),
-        elements=_elements(kernel.__name__, parameters),
-        bytes=_bytes(kernel.__name__, parameters),
+        elements=elements,
+        bytes=size,
         flops=_flops(kernel.__name__, parameters),
         trips=trips(parameters) if trips else None,
     )

@@ -11,10 +11,6 @@ from math import prod
 from bench.layers import CONVOLUTIONS, FULLY_CONNECTED, NORMALISED, POOLS, Convolution, Shape
 from bench.record import Ceilings
 
-# Bytes per parameter of one pass of SGD with float32 master weights and velocity: both read and
-# written, the gradient read and the network's weight written in the network's dtype.
-_MASTER_BYTES = 16
-
 
 @dataclass(frozen=True)
 class Work:
@@ -97,6 +93,16 @@ def pointwise(count: int, itemsize: int) -> Work:
     return Work(0, 2 * count * itemsize)
 
 
+def update(count: int, itemsize: int) -> Work:
+    """One step of SGD with momentum on ``count`` parameters; the gradient has their dtype.
+
+    Weight and velocity are float32, read and written; parameters in half precision are written
+    besides, as a copy.
+    """
+    copied = itemsize < 4
+    return Work(0, count * (2 * 4 + 2 * 4 + itemsize + itemsize * copied))
+
+
 def linear(layer: tuple[int, int], batch: int, itemsize: int) -> Work:
     """One matrix product of a fully connected layer; forward and both gradients are equal."""
     inputs, outputs = layer
@@ -144,7 +150,7 @@ def network(batch: int, itemsize: int, *, training: bool, response_norm: bool) -
         products = 1 if direction == "forward" else 2
         parts += [linear(fc, batch, itemsize) for fc in FULLY_CONNECTED.values()] * products
     if training:
-        parts.append(Work(0, parameters() * (_MASTER_BYTES + 2 * itemsize)))
+        parts.append(update(parameters(), itemsize))
     return parts
 
 

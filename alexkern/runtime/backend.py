@@ -24,6 +24,7 @@ _AUTO_ON_GPU = {
     "lrn": "triton",
     "lrn_pool": "triton",
     "pool": "triton",
+    "sgd": "triton",
 }
 
 

@@ -96,12 +96,22 @@ def pointwise(
     own that would not fit the registers.
     """
     vector = width if divisible % width == 0 else 1
+    count = tensor.numel() if count is None else count
+    return _pointwise(tensor, 1024 if vector > 1 else scalar_block, vector, count)
+
+
+def multi_tensor(largest: Tensor, vector: int) -> PointwiseConfig:
+    """For a kernel that goes over many tensors, small ones and up to the size of ``largest``."""
+    block = 2048 if vector > 1 else 1024
+    return _pointwise(largest, block, vector, min(largest.numel(), 2**15))
+
+
+def _pointwise(tensor: Tensor, block: int, vector: int, count: int) -> PointwiseConfig:
     if isinstance(_forced, PointwiseConfig):
         return replace(_forced, vector=vector)
     if for_interpreter(tensor):
-        count = tensor.numel() if count is None else count
         return PointwiseConfig(min(2**17, power_of_two(max(count, 8))), vector, 4)
-    return PointwiseConfig(1024 if vector > 1 else scalar_block, vector, 4)
+    return PointwiseConfig(block, vector, 4)
 
 
 def images_per_program(tensor: Tensor, programs: int, batch: int) -> int:

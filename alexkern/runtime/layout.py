@@ -28,6 +28,34 @@ def dense_as(tensor: Tensor, channels_last: bool) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether elements that do not overlap lie in memory without gaps, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return sum((extent - 1) * stride for extent, stride in strides) == tensor.numel() - 1
+
+
+def ordered_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, copied only if its elements do not lie in memory in the order of ``like``.
+
+    ``like`` is dense.
+
+    Raises:
+        RuntimeError: The shapes differ.
+    """
+    if tensor.shape != like.shape:
+        raise RuntimeError(
+            f"expected a tensor of shape {list(like.shape)}, got {list(tensor.shape)}"
+        )
+    if tensor.stride() == like.stride():
+        return tensor
+    strides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
+    if all(own == wanted for extent, own, wanted in strides if extent > 1):
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
 def outer_channels_inner(tensor: Tensor) -> tuple[int, int, int]:
     """The extents of a dense tensor seen as [outer, channels, inner] in memory."""
     channels = tensor.shape[1]

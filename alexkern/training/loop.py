@@ -193,7 +193,8 @@ class Trainer:
         loss = F.cross_entropy(logits, batch.labels)
         self._optimizer.zero_grad()
         self._scaler.scale(loss).backward()
-        self._scaler.step(self._optimizer)
+        with self._kernels():
+            self._scaler.step(self._optimizer)
         self._scaler.update()
         return loss, logits, batch.labels
 

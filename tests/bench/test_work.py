@@ -70,6 +70,8 @@ def test_fully_connected(layer: str, direction: str, gflop: float, megabytes: fl
         (work.pooling(POOLS["5"], 128, 2), 14.6),
         (work.normalisation_pooling(POOLS["1"], "forward", 128, 2), 101.2),
         (work.normalisation_pooling(POOLS["1"], "backward", 128, 2), 175.6),
+        (work.update(60_965_224, 2), 1219.3),
+        (work.update(60_965_224, 4), 1219.3),
     ],
 )
 def test_memory_bound_layers(counted: work.Work, megabytes: float) -> None:
