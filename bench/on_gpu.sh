@@ -7,8 +7,8 @@
 #
 # 1: the test suite, what cuDNN does with the paper's convolutions, a numerical check of every
 #    candidate configuration, training without LRN.
-# 2: the ops and the paper's training step against PyTorch.
-# 3: inference, the candidates timed, the rest.
+# 2: the ops against PyTorch, and a first look at the paper's training step.
+# 3: training and inference against PyTorch, the candidates timed, the rest.
 #
 # The record (bench/results/<gpu>/<date>-<commit>.json) is written as each group of measurements
 # ends, so a slice that fails half way leaves what it has. The last lines are a short table. A copy
@@ -35,25 +35,25 @@ workers=()
 python3 -c 'import xdist' 2>/dev/null && workers=(-n "$(nproc)" --dist worksteal)
 
 slice_1() {
-  step 150 tests/ops tests/runtime tests/models tests/training tests/test_optim.py \
+  step 200 tests/ops tests/runtime tests/models tests/training tests/test_optim.py \
     "${workers[@]}" -p bench.outcomes --outcomes suite "$results"
-  step 110 bench/bench_vendor.py --vendor "${timed[@]}"
+  step 100 bench/bench_vendor.py --vendor "${timed[@]}"
   step 100 bench/bench_tune.py --tune --benchmark-disable "${workers[@]}" \
     -p bench.outcomes --outcomes configurations "$results"
-  step 120 bench/bench_training.py -k no_lrn "${timed[@]}"
+  step 90 bench/bench_training.py -k no_lrn "${timed[@]}"
 }
 
 slice_2() {
-  step 50 bench/bench_training.py -k 'paper and not compile' "${timed[@]}" # if that below is cut
-  step 220 bench/bench_{lrn_pool,conv_lrn_pool,lrn,pool,sgd,augment,linear,dropout,conv,lrn_path}.py \
+  step 50 bench/bench_training.py -k 'paper and not compile' "${timed[@]}" # if slice 3 is cut
+  step 430 bench/bench_{lrn_pool,conv_lrn_pool,lrn,pool,sgd,augment,linear,dropout,conv,lrn_path}.py \
     "${timed[@]}"
-  step 220 bench/bench_training.py -k paper "${timed[@]}"
 }
 
 slice_3() {
-  step 70 bench/bench_inference.py "${timed[@]}"
-  step 330 bench/bench_tune.py --tune "${timed[@]}"
-  step 90 bench/bench_host.py bench/bench_data.py "${timed[@]}"
+  step 220 bench/bench_training.py -k paper "${timed[@]}"
+  step 60 bench/bench_inference.py "${timed[@]}"
+  step 130 bench/bench_tune.py --tune "${timed[@]}"
+  step 80 bench/bench_host.py bench/bench_data.py "${timed[@]}"
 }
 
 [ $# -gt 0 ] || set -- 1 2 3

@@ -34,6 +34,20 @@ from bench.record import FORMAT, RecordError, load, save
 
 ROOT = Path(__file__).parents[1]
 MEMORY_BOUND = ("augment", "dropout", "linear", "lrn", "lrn_pool", "pool", "sgd")
+# Instructions per element of the result that a kernel may take on sm_90, for fp16 and bf16 in
+# channels_last, with channels that 8 divides; enough below what memory leaves time for.
+INSTRUCTIONS = {
+    "lrn_forward": 20,
+    "lrn_backward": 40,
+    "lrn_max_pool_forward": 120,
+    "lrn_max_pool_backward": 56,
+    "max_pool_forward": 80,
+    "max_pool_backward": 20,
+    "sgd_step": 20,
+    "augment_crops": 22,
+}
+# Kernels whose programs sum over pixels or rows, for which threads exchange through shared memory.
+SUMMING = ("linear_epilogue_backward", "lrn_max_pool_backward")
 RECORD = record_path(triton.__version__)
 
 COMPILE = """
@@ -70,6 +84,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[CompiledKernel]:
         (list(GPUS), ["bf16"], ["nhwc"]),
         (["sm_90"], ["fp32", "tf32"], ["nhwc"]),
         (["sm_90"], ["bf16"], ["nchw"]),
+        (["sm_90"], ["fp16"], ["nhwc"], MEMORY_BOUND),
     )
 
 
@@ -128,6 +143,33 @@ def test_sm_90_within_budget(bf16: list[CompiledKernel]) -> None:
     kernels = select(bf16, target="sm_90")
     check_budget(kernels)
     check_no_spills(kernels)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_memory_bound_kernels_within_their_instructions(
+    compiled: list[CompiledKernel], dtype: str
+) -> None:
+    """On the paper's layers at batch 128; the measured values are in the record."""
+    over: list[Any] = []
+    for kernel, most in INSTRUCTIONS.items():
+        made = select(compiled, kernel=kernel, dtype=dtype, layout="nhwc", target="sm_90")
+        paper = [k for k in made if not k.layer.startswith(("odd", "large"))]
+        assert paper, kernel
+        for k in paper:
+            print(f"{k.layer} {kernel}: {k.instructions_per_element} of {most}")
+        over += [k.key for k in paper if k.instructions_per_element > most]
+    assert not over, over
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_memory_bound_kernels_keep_to_registers(compiled: list[CompiledKernel], dtype: str) -> None:
+    made = select(compiled, dtype=dtype, layout="nhwc", target="sm_90")
+    for kernel in made:
+        if kernel.stem in MEMORY_BOUND:
+            assert kernel.spilled_bytes == 0, kernel
+            whole = kernel.layer.startswith("conv")  # which sums the bias gradient as well
+            if kernel.kernel not in SUMMING or (kernel.stem == "lrn_pool" and not whole):
+                assert kernel.shared_bytes == 0, kernel
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "tf32"])

@@ -35,7 +35,7 @@ def local_response_norm(
     Args:
         input: [N, C, *], three or more dimensions, NCHW or channels_last (kept; other strides
             are copied once). float32, float16 and bfloat16 have kernels, computing in float32;
-            other dtypes run the reference.
+            other dtypes, and windows of more than 17 channels, run the reference.
         size: channels in a window, at least 1.
         alpha: see ``alpha_mode``.
         beta: the exponent.

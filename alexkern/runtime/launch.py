@@ -163,7 +163,26 @@ def _start_interpreter() -> None:
     # By default only the interpreter checks every integer operation for overflow, which takes
     # half of its time.
     interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+    _call_device_functions_directly()
     _logger.warning("alexkern: kernels run on the CPU in Triton's interpreter (slow)")
+
+
+def _call_device_functions_directly() -> None:
+    """Spare our kernels' device functions what takes longer than most of them.
+
+    Calling one, the interpreter replaces all of triton.language once more, as it did for the
+    kernel that calls.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    call = InterpretedFunction.__call__
+
+    def call_directly(function: Any, *arguments: Any, **keywords: Any) -> Any:
+        if function.fn.__module__.startswith("alexkern.kernels."):
+            return function.rewrite()(*arguments, **keywords)
+        return call(function, *arguments, **keywords)
+
+    InterpretedFunction.__call__ = call_directly
 
 
 def _check_interpreter_numpy() -> None:

@@ -10,6 +10,7 @@ from numerics import DTYPES, LAYOUTS, check_lrn_pool, check_refusal, check_same,
 import alexkern
 from alexkern import ops
 from alexkern.runtime.config import shipped_configurations
+from alexkern.runtime.launch import record_launches
 
 PAPER = {"size": 5, "kernel_size": 3, "stride": 2, "alpha": 1e-4, "k": 2.0, "alpha_mode": "sum"}
 # large enough for the window to matter
@@ -192,6 +193,32 @@ def test_half_does_not_round_in_between(triton, device):
     truth = plain_lrn(input.detach().double(), 1, 0.4921875, 1.0)
     assert truth.bfloat16()[..., 0].item() == truth.bfloat16()[..., 1].item()
     assert (input.grad.flatten() != 0).tolist() == (truth == truth.max()).flatten().tolist()
+
+
+def saved_bytes(op):
+    """Bytes of what the tails of AlexNet's layers 1 and 2 keep, and of their inputs."""
+    kept, inputs = {}, 0
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    for shape in ((128, 96, 55, 55), (128, 256, 27, 27)):
+        input = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        inputs += input.untyped_storage().nbytes()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            op(input.to(memory_format=torch.channels_last))
+    return sum(storage.nbytes() for storage in kept.values()), inputs
+
+
+def test_memory_saved_for_backward(triton):
+    """A byte per output beside the input: (2 + 1 / 4.15) / 2 and (2 + 1 / 4.31) / 2 of it."""
+    with record_launches():
+        ours, inputs = saved_bytes(lambda x: ops.lrn_max_pool2d(x, **PAPER))
+    eager, _ = saved_bytes(lambda x: F.max_pool2d(F.local_response_norm(x, 5, 5e-4, 0.75, 2), 3, 2))
+    assert 1.11 < ours / inputs < 1.13
+    assert eager / inputs > 5
 
 
 @pytest.mark.parametrize(
