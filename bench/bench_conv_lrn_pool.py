@@ -21,12 +21,18 @@ def subject(number: str, trial: bool = False) -> Subject:
     layer = CONVOLUTIONS[f"conv{number}"]
     if trial:
         layer = tiny_convolution(layer)
+
+    def operands(batch: int, randn: Callable[..., Tensor]) -> list[Tensor]:
+        # grey levels' spread: with much smaller values the normalisation is a constant
+        x, w, b = convolution.operands(batch, randn)
+        return [(60 * x.detach()).requires_grad_(x.requires_grad), w, b]
+
     return Subject(
         "conv2d_bias_relu_lrn_max_pool2d",
         f"layer{number}",
         partial(_ours, layer),
-        lambda x, w, b: plain(convolution.theirs(60 * x, w, b)),
-        convolution.operands,
+        lambda *tensors: plain(convolution.theirs(*tensors)),
+        operands,
         partial(work.convolution_normalisation_pooling, layer),
     )
 
@@ -54,7 +60,7 @@ def tail(number: str, trial: bool = False) -> Subject:
 
 def _ours(layer: Convolution, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return ops.conv2d_bias_relu_lrn_max_pool2d(
-        60 * x,
+        x,
         w,
         b,
         layer.stride,

@@ -42,6 +42,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "conv2d_bias_relu": lambda x, w: ops.conv2d_bias_relu(x, w, None, 1, 2, 1, 2),
     "local_response_norm": lambda x, w: ops.local_response_norm(x, 5),
     "max_pool2d": lambda x, w: ops.max_pool2d(x, 3, 2),
+    "lrn_max_pool2d": lambda x, w: ops.lrn_max_pool2d(x, 5, 3, 2),
     "dropout": lambda x, w: ops.dropout(x, seed=None if x.is_cuda else _SEED),
     "linear_bias_relu_dropout": lambda x, w: ops.linear_bias_relu_dropout(
         x.view(-1, 48), w.view(-1, 48), seed=None if x.is_cuda else _SEED
@@ -52,6 +53,7 @@ THEIRS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "conv2d_bias_relu": lambda x, w: F.conv2d(x, w, None, 1, 2, 1, 2).relu(),
     "local_response_norm": lambda x, w: F.local_response_norm(x, 5),
     "max_pool2d": lambda x, w: F.max_pool2d(x, 3, 2),
+    "lrn_max_pool2d": lambda x, w: F.max_pool2d(F.local_response_norm(x, 5), 3, 2),
     "dropout": lambda x, w: F.dropout(x),
     "linear_bias_relu_dropout": lambda x, w: F.dropout(
         F.linear(x.view(-1, 48), w.view(-1, 48)).relu()

@@ -8,7 +8,7 @@ over channels stays in its registers.
 A window tensor is a row's eight channels and HALO more on either side, zero beyond the group's
 borders. It is held as a tuple of parts:
 
-    VECTOR (channels_last, 8 divides GROUP_SIZE): [ROWS, HALO], [ROWS, 8], [ROWS, HALO], of which
+    PACKED (channels_last, 8 divides GROUP_SIZE): [ROWS, HALO], [ROWS, 8], [ROWS, HALO], of which
         the middle one is a 16-byte access in half precision;
     else: one [ROWS] part per channel; neighbouring rows are neighbouring positions in NCHW.
 
@@ -21,10 +21,10 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(row, inner, GROUP_SIZE: tl.constexpr, VECTOR: tl.constexpr):
+def locate(row, inner, GROUP_SIZE: tl.constexpr, PACKED: tl.constexpr):
     """The offset of each row's first channel, and the number of its chunk in the group."""
     chunks: tl.constexpr = (GROUP_SIZE + 7) // 8
-    if VECTOR:
+    if PACKED:
         return row * 8, row % chunks
     chunk = row // inner % chunks
     group = row // inner // chunks
@@ -40,10 +40,10 @@ def load_window(
     inner,
     GROUP_SIZE: tl.constexpr,
     HALO: tl.constexpr,
-    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """The parts of a window tensor; HALO is a power of two up to 8 if VECTOR."""
-    if VECTOR:
+    """The parts of a window tensor; HALO is a power of two up to 8 if PACKED."""
+    if PACKED:
         halo = tl.arange(0, HALO)[None, :]
         start = base[:, None]
         first = (mask & (chunk > 0))[:, None]
@@ -55,6 +55,7 @@ def load_window(
         )
     else:
         parts = ()
+        inner = tl.cast(inner, base.dtype)
         for channel in tl.static_range(-HALO, 8 + HALO):
             place = chunk * 8 + channel
             inside = mask & (place >= 0) & (place < GROUP_SIZE)
@@ -64,9 +65,9 @@ def load_window(
 
 
 @triton.jit
-def columns(parts, VECTOR: tl.constexpr):
+def columns(parts, PACKED: tl.constexpr):
     """A window tensor as float32 [ROWS] tensors, one per channel."""
-    values = split(parts[0]) + split(parts[1]) + split(parts[2]) if VECTOR else parts
+    values = split(parts[0]) + split(parts[1]) + split(parts[2]) if PACKED else parts
     result = ()
     for i in tl.static_range(len(values)):
         result = result + (values[i].to(tl.float32),)
@@ -127,13 +128,14 @@ def window_sums(values, SIZE: tl.constexpr):
 
 
 @triton.jit
-def store(pointer, base, chunk, mask, inner, tile, GROUP_SIZE: tl.constexpr, VECTOR: tl.constexpr):
+def store(pointer, base, chunk, mask, inner, tile, GROUP_SIZE: tl.constexpr, PACKED: tl.constexpr):
     """Write a row's eight channels from a [ROWS, 8] tile, those inside the group."""
     tile = tile.to(pointer.dtype.element_ty)
-    if VECTOR:
+    if PACKED:
         tl.store(pointer + base[:, None] + tl.arange(0, 8)[None, :], tile, mask=mask[:, None])
     else:
         values = split(tile)
+        inner = tl.cast(inner, base.dtype)
         for channel in tl.static_range(8):
             inside = mask & (chunk * 8 + channel < GROUP_SIZE)
             tl.store(pointer + base + channel * inner, values[channel], mask=inside)

@@ -104,18 +104,18 @@ def lrn_forward(
     AFTER: tl.constexpr,
     BETA: tl.constexpr,
     BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
     INT64: tl.constexpr,
 ):
     """Writes y."""
     row = _rows(BLOCK, INT64)
     mask = row < rows
-    base, chunk = locate(row, inner, GROUP_SIZE, VECTOR)
+    base, chunk = locate(row, inner, GROUP_SIZE, PACKED)
     HALO: tl.constexpr = triton.next_power_of_2(max(BEFORE, AFTER, 1))
-    parts = load_window(x_pointer, base, chunk, mask, inner, GROUP_SIZE, HALO, VECTOR)
-    x = columns(parts, VECTOR)[HALO - BEFORE : HALO + 8 + AFTER]
+    parts = load_window(x_pointer, base, chunk, mask, inner, GROUP_SIZE, HALO, PACKED)
+    x = columns(parts, PACKED)[HALO - BEFORE : HALO + 8 + AFTER]
     y = normalise(x, scale, k, BEFORE, AFTER, BETA)
-    store(y_pointer, base, chunk, mask, inner, y, GROUP_SIZE, VECTOR)
+    store(y_pointer, base, chunk, mask, inner, y, GROUP_SIZE, PACKED)
 
 
 @triton.jit
@@ -132,19 +132,19 @@ def lrn_backward(
     AFTER: tl.constexpr,
     BETA: tl.constexpr,
     BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
     INT64: tl.constexpr,
 ):
     """Writes dx."""
     row = _rows(BLOCK, INT64)
     mask = row < rows
-    base, chunk = locate(row, inner, GROUP_SIZE, VECTOR)
+    base, chunk = locate(row, inner, GROUP_SIZE, PACKED)
     REACH: tl.constexpr = BEFORE + AFTER
     HALO: tl.constexpr = triton.next_power_of_2(max(BEFORE, AFTER, 1))
     WIDE: tl.constexpr = triton.next_power_of_2(max(REACH, 1))
-    parts = load_window(x_pointer, base, chunk, mask, inner, GROUP_SIZE, WIDE, VECTOR)
-    x = columns(parts, VECTOR)[WIDE - REACH : WIDE + 8 + REACH]
-    parts = load_window(grad_pointer, base, chunk, mask, inner, GROUP_SIZE, HALO, VECTOR)
-    grad = columns(parts, VECTOR)[HALO - AFTER : HALO + 8 + BEFORE]
+    parts = load_window(x_pointer, base, chunk, mask, inner, GROUP_SIZE, WIDE, PACKED)
+    x = columns(parts, PACKED)[WIDE - REACH : WIDE + 8 + REACH]
+    parts = load_window(grad_pointer, base, chunk, mask, inner, GROUP_SIZE, HALO, PACKED)
+    grad = columns(parts, PACKED)[HALO - AFTER : HALO + 8 + BEFORE]
     dx = input_grad(x, grad, scale, k, BEFORE, AFTER, BETA)
-    store(dx_pointer, base, chunk, mask, inner, dx, GROUP_SIZE, VECTOR)
+    store(dx_pointer, base, chunk, mask, inner, dx, GROUP_SIZE, PACKED)

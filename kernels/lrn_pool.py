@@ -63,10 +63,10 @@ def _base(
     width,
     CHANNELS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """Offset of a chunk's first channel at a pixel: VECTOR is channels_last, else NCHW."""
-    if VECTOR:
+    """Offset of a chunk's first channel at a pixel: PACKED is channels_last, else NCHW."""
+    if PACKED:
         return (((image * height + row) * width + column) * (CHANNELS // 8) + chunk) * 8
     first = _first_channel(chunk, GROUP_SIZE)
     return ((image * CHANNELS + first) * height + row) * width + column
@@ -91,16 +91,16 @@ def _row_maximum(
     BETA: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Largest normalised value of a window's row, and the number of its tap in the row."""
     HALO: tl.constexpr = triton.next_power_of_2(max(BEFORE, AFTER, 1))
     place = chunk % ((GROUP_SIZE + 7) // 8)
     for tap in tl.static_range(KERNEL_W):
         column = out_column * STRIDE_W + tap
-        base = _base(image, row, column, chunk, height, width, CHANNELS, GROUP_SIZE, VECTOR)
-        parts = load_window(x_pointer, base, place, mask, height * width, GROUP_SIZE, HALO, VECTOR)
-        x = columns(parts, VECTOR)[HALO - BEFORE : HALO + 8 + AFTER]
+        base = _base(image, row, column, chunk, height, width, CHANNELS, GROUP_SIZE, PACKED)
+        parts = load_window(x_pointer, base, place, mask, height * width, GROUP_SIZE, HALO, PACKED)
+        x = columns(parts, PACKED)[HALO - BEFORE : HALO + 8 + AFTER]
         value = normalise(x, scale, k, BEFORE, AFTER, BETA)
         if tap == 0:
             best = value
@@ -143,7 +143,7 @@ def lrn_max_pool_forward(
     OUT_ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNKS_PER_PROGRAM: tl.constexpr,
-    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
     INT64: tl.constexpr,
 ):
     """Writes y, and with CODE the winning taps."""
@@ -159,25 +159,25 @@ def lrn_max_pool_forward(
     if SHARED:
         best, code = _row_maximum(
             x_pointer, image, first * STRIDE_H, out_column, chunk, mask, height, width, scale, k,
-            CHANNELS, GROUP_SIZE, BEFORE, AFTER, BETA, KERNEL_W, STRIDE_W, VECTOR,
+            CHANNELS, GROUP_SIZE, BEFORE, AFTER, BETA, KERNEL_W, STRIDE_W, PACKED,
         )  # fmt: skip
     for out_row in range(first, last):
         for row in tl.static_range(1 if SHARED else 0, KERNEL_H):
             row_best, row_code = _row_maximum(
                 x_pointer, image, out_row * STRIDE_H + row, out_column, chunk, mask, height, width,
-                scale, k, CHANNELS, GROUP_SIZE, BEFORE, AFTER, BETA, KERNEL_W, STRIDE_W, VECTOR,
+                scale, k, CHANNELS, GROUP_SIZE, BEFORE, AFTER, BETA, KERNEL_W, STRIDE_W, PACKED,
             )  # fmt: skip
             if row == 0:
                 best, code = row_best, row_code
             else:
                 best, code = _larger(best, code, row_best, row_code + row * KERNEL_W)
         base = _base(
-            image, out_row, out_column, chunk, out_height, out_width, CHANNELS, GROUP_SIZE, VECTOR
+            image, out_row, out_column, chunk, out_height, out_width, CHANNELS, GROUP_SIZE, PACKED
         )
         out_inner = out_height * out_width
-        store(y_pointer, base, place, mask, out_inner, best, GROUP_SIZE, VECTOR)
+        store(y_pointer, base, place, mask, out_inner, best, GROUP_SIZE, PACKED)
         if CODE:
-            store(code_pointer, base, place, mask, out_inner, code, GROUP_SIZE, VECTOR)
+            store(code_pointer, base, place, mask, out_inner, code, GROUP_SIZE, PACKED)
         if SHARED:
             best, code = row_best, row_code
 
@@ -207,7 +207,7 @@ def _cell_backward(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     RELU: tl.constexpr,
-    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Writes dx of a cell's pixels, and returns its sum over them as a [ROWS, 8] tile."""
     ROWS: tl.constexpr = cell.shape[0]
@@ -232,11 +232,11 @@ def _cell_backward(
         inside = mask & (out_row >= 0) & (out_row < out_height)
         inside = inside & (out_column >= 0) & (out_column < out_width)
         base = _base(
-            image, out_row, out_column, chunk, out_height, out_width, CHANNELS, GROUP_SIZE, VECTOR
+            image, out_row, out_column, chunk, out_height, out_width, CHANNELS, GROUP_SIZE, PACKED
         )
         out_inner = out_height * out_width
-        grad = load_window(grad_pointer, base, place, inside, out_inner, GROUP_SIZE, HALO, VECTOR)
-        code = load_window(code_pointer, base, place, inside, out_inner, GROUP_SIZE, HALO, VECTOR)
+        grad = load_window(grad_pointer, base, place, inside, out_inner, GROUP_SIZE, HALO, PACKED)
+        code = load_window(code_pointer, base, place, inside, out_inner, GROUP_SIZE, HALO, PACKED)
         grads = grads + (grad,)
         codes = codes + (code,)
 
@@ -245,10 +245,10 @@ def _cell_backward(
         row = cell_row * STRIDE_H + pixel // STRIDE_W
         column = cell_column * STRIDE_W + pixel % STRIDE_W
         inside = mask & (row < height) & (column < width)
-        base = _base(image, row, column, chunk, height, width, CHANNELS, GROUP_SIZE, VECTOR)
+        base = _base(image, row, column, chunk, height, width, CHANNELS, GROUP_SIZE, PACKED)
         inner = height * width
-        parts = load_window(x_pointer, base, place, inside, inner, GROUP_SIZE, WIDE, VECTOR)
-        x = columns(parts, VECTOR)[WIDE - REACH : WIDE + 8 + REACH]
+        parts = load_window(x_pointer, base, place, inside, inner, GROUP_SIZE, WIDE, PACKED)
+        x = columns(parts, PACKED)[WIDE - REACH : WIDE + 8 + REACH]
         parts = ()
         for part in tl.static_range(len(grads[0])):
             # every pixel has a tap in the window that begins in this cell
@@ -262,11 +262,11 @@ def _cell_backward(
                     named = codes[window][part] == tap
                     total = tl.where(named, total + grads[window][part].to(tl.float32), total)
             parts = parts + (total,)
-        grad = columns(parts, VECTOR)[HALO - AFTER : HALO + 8 + BEFORE]
+        grad = columns(parts, PACKED)[HALO - AFTER : HALO + 8 + BEFORE]
         dx = input_grad(x, grad, scale, k, BEFORE, AFTER, BETA)
         if RELU:
             dx = tl.where(join(x[REACH : REACH + 8]) <= 0.0, 0.0, dx)
-        store(dx_pointer, base, place, inside, inner, dx, GROUP_SIZE, VECTOR)
+        store(dx_pointer, base, place, inside, inner, dx, GROUP_SIZE, PACKED)
         pixel_sum += dx
     return pixel_sum
 
@@ -300,7 +300,7 @@ def lrn_max_pool_backward(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNKS_PER_PROGRAM: tl.constexpr,
-    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
     INT64: tl.constexpr,
 ):
     """Writes dx, with RELU masked; with BIAS also, each program's sums of it over pixels."""
@@ -312,7 +312,7 @@ def lrn_max_pool_backward(
             grad_pointer, code_pointer, x_pointer, dx_pointer,
             (block * STEPS + step) * CELLS + place, chunk,
             images, height, width, out_height, out_width, scale, k, CHANNELS, GROUP_SIZE,
-            BEFORE, AFTER, BETA, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, RELU, VECTOR,
+            BEFORE, AFTER, BETA, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, RELU, PACKED,
         )  # fmt: skip
     if BIAS:
         # outside the image x is 0, hence behind the ReLU dx as well

@@ -79,7 +79,7 @@ class Normalisation(NamedTuple):
         most = channels // self.groups - 1
         return min(self.size // 2, most), min((self.size - 1) // 2, most)
 
-    def vectors(self, channels: int, channels_last: bool) -> bool:
+    def packed(self, channels: int, channels_last: bool) -> bool:
         """Whether eight channels are neighbours in memory: 16 bytes in half precision."""
         divides = channels // self.groups % 8 == 0
         return channels_last and divides and sum(self.reach(channels)) <= 8
@@ -160,6 +160,6 @@ def _launch(
         normalisation.k,
         **normalisation.constants(channels),
         BLOCK=blocks.block,
-        VECTOR=normalisation.vectors(channels, is_channels_last(input)),
+        PACKED=normalisation.packed(channels, is_channels_last(input)),
         num_warps=blocks.num_warps,
     )

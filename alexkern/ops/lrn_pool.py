@@ -76,7 +76,9 @@ def lrn_max_pool2d(
     normalisation = checked_normalisation(batch.shape, size, alpha, beta, k, alpha_mode, groups)
     if input.numel() == 0 or not runs_triton("lrn_pool", input):
         output = reference.lrn_max_pool2d(batch, *normalisation, *windows[:4], ceil_mode)
-    elif fits_one_pass(batch.shape, is_channels_last(dense(batch)), normalisation, windows):
+        return output if input.dim() == 4 else output.squeeze(0)
+    batch = dense(batch)
+    if fits_one_pass(batch.shape, is_channels_last(batch), normalisation, windows):
         save_code = torch.is_grad_enabled() and input.requires_grad
         output = _LRNMaxPool2d.apply(batch, normalisation, windows, save_code)
     else:
@@ -96,7 +98,7 @@ def fits_one_pass(
     if not all(s <= k <= 2 * s for s, k in zip(windows.stride, windows.kernel, strict=True)):
         return False
     if channels_last:
-        return normalisation.vectors(shape[1], channels_last)
+        return normalisation.packed(shape[1], channels_last)
     return sum(normalisation.reach(shape[1])) <= 8
 
 
@@ -105,7 +107,6 @@ class _LRNMaxPool2d(Function):
     def forward(
         ctx: Any, input: Tensor, normalisation: Normalisation, windows: Windows, save_code: bool
     ) -> Tensor:
-        input = dense(input)
         output, code = normalise_and_pool(input, normalisation, windows, save_code)
         ctx.save_for_backward(input, code)
         ctx.arguments = normalisation, windows
@@ -212,6 +213,6 @@ def _constants(
         "BLOCK": blocks.block,
         "CHUNKS": _chunks(input, normalisation),
         "CHUNKS_PER_PROGRAM": blocks.chunks_per_program,
-        "VECTOR": is_channels_last(input),
+        "PACKED": is_channels_last(input),
         "num_warps": blocks.num_warps,
     }

@@ -113,7 +113,7 @@ def test_shipped_configurations(randn, triton, launches, dtype, layout):
         check_lrn(randn(2, 13, 9, 11, dtype=dtype, layout=layout), **STRONG)
         check_lrn(randn(2, 16, 9, 11, dtype=dtype, layout=layout), **STRONG)
     vectors = {False} if layout == "nchw" else {False, True}
-    assert {made.constants["VECTOR"] for made in launches} == vectors
+    assert {made.constants["PACKED"] for made in launches} == vectors
     assert all(made.grid[0] > 1 for made in launches)
 
 

@@ -140,7 +140,7 @@ def test_shipped_configurations(randn, triton, launches, dtype, layout):
     assert forward.grid[0] > 2
     assert forward.grid[1] > 1
     assert backward.grid[0] > 3
-    assert {made.constants["VECTOR"] for made in launches} == {layout == "channels_last"}
+    assert {made.constants["PACKED"] for made in launches} == {layout == "channels_last"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
