@@ -221,7 +221,8 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         if number in NORMALISED:
             yield f"lrn{number}", normalisation(BATCH, *shape)
             yield f"lrn_pool{number}", normalised_pooling(BATCH, *shape)
-            yield f"conv_lrn_pool{number}", whole(BATCH, *CONVOLUTIONS[f"conv{number}"])
+            if layout == "nhwc":  # in NCHW the tail is that of the op before
+                yield f"conv_lrn_pool{number}", whole(BATCH, *CONVOLUTIONS[f"conv{number}"])
         yield f"pool{number}", pooling(BATCH, *shape)
     if layout == "nhwc" and dtype in ("bf16", "fp16"):
         for step in lrn_path.STEPS:

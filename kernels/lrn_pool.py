@@ -34,17 +34,21 @@ def _rows(
     CHUNKS_PER_PROGRAM: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """The chunk of each row, its place among the program's positions, and the number of these.
+    """Each row's chunk, whether there is such a one, and its place among the program's positions.
 
+    Last comes the number of the program among those of its chunks.
     Programs of the same positions are neighbours, as they share halos.
     """
-    blocks: tl.constexpr = CHUNKS // CHUNKS_PER_PROGRAM
+    blocks: tl.constexpr = (CHUNKS + CHUNKS_PER_PROGRAM - 1) // CHUNKS_PER_PROGRAM
     program = tl.program_id(0)
     if INT64:
         program = program.to(tl.int64)
     row = tl.arange(0, BLOCK // 8)
     chunk = program % blocks * CHUNKS_PER_PROGRAM + row % CHUNKS_PER_PROGRAM
-    return chunk, row // CHUNKS_PER_PROGRAM, program // blocks
+    mask = tl.full(row.shape, True, tl.int1)
+    if CHUNKS % CHUNKS_PER_PROGRAM != 0:
+        mask = chunk < CHUNKS
+    return chunk, mask, row // CHUNKS_PER_PROGRAM, program // blocks
 
 
 @triton.jit
@@ -147,11 +151,11 @@ def lrn_max_pool_forward(
     INT64: tl.constexpr,
 ):
     """Writes y, and with CODE the winning taps."""
-    chunk, position, block = _rows(BLOCK, CHUNKS, CHUNKS_PER_PROGRAM, INT64)
+    chunk, mask, position, block = _rows(BLOCK, CHUNKS, CHUNKS_PER_PROGRAM, INT64)
     position += block * (BLOCK // 8 // CHUNKS_PER_PROGRAM)
     out_column = position % out_width
     image = position // out_width
-    mask = image < images
+    mask = mask & (image < images)
     place = chunk % ((GROUP_SIZE + 7) // 8)
     SHARED: tl.constexpr = KERNEL_H == STRIDE_H + 1  # a window's last row is the next one's first
     first = tl.program_id(1) * OUT_ROWS
@@ -190,6 +194,7 @@ def _cell_backward(
     dx_pointer,
     cell,
     chunk,
+    mask,
     images,
     height,
     width,
@@ -216,7 +221,7 @@ def _cell_backward(
     cell_column = cell % cell_columns
     cell_row = cell // cell_columns % cell_rows
     image = cell // cell_columns // cell_rows
-    mask = image < images
+    mask = mask & (image < images)
     place = chunk % ((GROUP_SIZE + 7) // 8)
     REACH: tl.constexpr = BEFORE + AFTER
     HALO: tl.constexpr = triton.next_power_of_2(max(BEFORE, AFTER, 1))
@@ -304,23 +309,23 @@ def lrn_max_pool_backward(
     INT64: tl.constexpr,
 ):
     """Writes dx, with RELU masked; with BIAS also, each program's sums of it over pixels."""
-    chunk, place, block = _rows(BLOCK, CHUNKS, CHUNKS_PER_PROGRAM, INT64)
+    chunk, mask, place, block = _rows(BLOCK, CHUNKS, CHUNKS_PER_PROGRAM, INT64)
     CELLS: tl.constexpr = BLOCK // 8 // CHUNKS_PER_PROGRAM
     bias_grad = tl.zeros((BLOCK // 8, 8), tl.float32)
     for step in range(STEPS):
         bias_grad += _cell_backward(
             grad_pointer, code_pointer, x_pointer, dx_pointer,
-            (block * STEPS + step) * CELLS + place, chunk,
+            (block * STEPS + step) * CELLS + place, chunk, mask,
             images, height, width, out_height, out_width, scale, k, CHANNELS, GROUP_SIZE,
             BEFORE, AFTER, BETA, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, RELU, PACKED,
         )  # fmt: skip
     if BIAS:
         # outside the image x is 0, hence behind the ReLU dx as well
         sums = tl.sum(bias_grad.reshape(CELLS, CHUNKS_PER_PROGRAM, 8), axis=0)
-        blocks: tl.constexpr = CHUNKS // CHUNKS_PER_PROGRAM
+        blocks: tl.constexpr = (CHUNKS + CHUNKS_PER_PROGRAM - 1) // CHUNKS_PER_PROGRAM
         chunk = tl.program_id(0) % blocks * CHUNKS_PER_PROGRAM + tl.arange(0, CHUNKS_PER_PROGRAM)
         channel = chunk % ((GROUP_SIZE + 7) // 8) * 8
         channel = channel[:, None] + tl.arange(0, 8)[None, :]
         first = chunk // ((GROUP_SIZE + 7) // 8) * GROUP_SIZE
         target = partial_pointer + block * CHANNELS + first[:, None] + channel
-        tl.store(target, sums, mask=channel < GROUP_SIZE)
+        tl.store(target, sums, mask=(channel < GROUP_SIZE) & (chunk < CHUNKS)[:, None])

@@ -78,19 +78,24 @@ def compile_apart(path: Path, *selections: tuple[Sequence[str], ...]) -> list[Co
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[CompiledKernel]:
-    """All targets in bf16 and channels_last, sm_90 in other dtypes and NCHW too."""
+    """For sm_90: all in bf16 and channels_last, some more in fp16 and in NCHW."""
     return compile_apart(
         tmp_path_factory.mktemp("compiled") / "some.json",
-        (list(GPUS), ["bf16"], ["nhwc"]),
-        (["sm_90"], ["fp32", "tf32"], ["nhwc"]),
-        (["sm_90"], ["bf16"], ["nchw"]),
+        (["sm_90"], ["bf16"], ["nhwc"]),
         (["sm_90"], ["fp16"], ["nhwc"], MEMORY_BOUND),
+        (["sm_90"], ["bf16"], ["nchw"], ["pool"]),
     )
 
 
 @pytest.fixture(scope="module")
 def bf16(compiled: list[CompiledKernel]) -> list[CompiledKernel]:
     return select(compiled, dtype="bf16", layout="nhwc")
+
+
+@pytest.fixture(scope="module")
+def half(compiled: list[CompiledKernel]) -> list[CompiledKernel]:
+    """The memory-bound kernels in bf16 and fp16, channels_last."""
+    return [k for k in compiled if k.stem in MEMORY_BOUND and k.layout == "nhwc"]
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +134,14 @@ def check_budget(kernels: list[CompiledKernel]) -> None:
 
 
 def check_recorded(kernels: list[CompiledKernel]) -> None:
-    """Compare with the record of the same targets, dtypes and layouts."""
+    """Compare with the record of the same stems, targets, dtypes and layouts."""
     if not RECORD.exists():
         pytest.skip(
             f"no record for triton {triton.__version__}: python -m bench static --record makes one"
         )
-    compiled = {kernel.key[3:] for kernel in kernels}
-    recorded = [k for k in load(CompileRecord, RECORD).kernels if k.key[3:] in compiled]
+    compiled = {(kernel.stem, *kernel.key[3:]) for kernel in kernels}
+    record = load(CompileRecord, RECORD).kernels
+    recorded = [kernel for kernel in record if (kernel.stem, *kernel.key[3:]) in compiled]
     assert differences(recorded, kernels) == []
 
 
@@ -147,12 +153,12 @@ def test_sm_90_within_budget(bf16: list[CompiledKernel]) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_memory_bound_kernels_within_their_instructions(
-    compiled: list[CompiledKernel], dtype: str
+    half: list[CompiledKernel], dtype: str
 ) -> None:
     """On the paper's layers at batch 128; the measured values are in the record."""
     over: list[Any] = []
     for kernel, most in INSTRUCTIONS.items():
-        made = select(compiled, kernel=kernel, dtype=dtype, layout="nhwc", target="sm_90")
+        made = select(half, kernel=kernel, dtype=dtype)
         paper = [k for k in made if not k.layer.startswith(("odd", "large"))]
         assert paper, kernel
         for k in paper:
@@ -161,31 +167,15 @@ def test_memory_bound_kernels_within_their_instructions(
     assert not over, over
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_memory_bound_kernels_keep_to_registers(compiled: list[CompiledKernel], dtype: str) -> None:
-    made = select(compiled, dtype=dtype, layout="nhwc", target="sm_90")
-    for kernel in made:
-        if kernel.stem in MEMORY_BOUND:
-            assert kernel.spilled_bytes == 0, kernel
-            whole = kernel.layer.startswith("conv")  # which sums the bias gradient as well
-            if kernel.kernel not in SUMMING or (kernel.stem == "lrn_pool" and not whole):
-                assert kernel.shared_bytes == 0, kernel
+def test_memory_bound_kernels_keep_to_registers(half: list[CompiledKernel]) -> None:
+    for kernel in half:
+        assert kernel.spilled_bytes == 0, kernel
+        whole = kernel.layer.startswith("conv")  # which sums the bias gradient as well
+        if kernel.kernel not in SUMMING or (kernel.stem == "lrn_pool" and not whole):
+            assert kernel.shared_bytes == 0, kernel
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "tf32"])
-def test_sm_90_float32_does_not_spill(compiled: list[CompiledKernel], dtype: str) -> None:
-    check_no_spills(select(compiled, dtype=dtype))
-
-
-def test_sm_90_nchw_does_not_spill(compiled: list[CompiledKernel]) -> None:
-    check_no_spills(select(compiled, layout="nchw"))
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
-def test_other_generations_within_budget(bf16: list[CompiledKernel], target: str) -> None:
-    check_budget(select(bf16, target=target))
-
-
+@pytest.mark.slow
 def test_memory_bound_kernels_compile_for_amd() -> None:
     output = run_apart("-m", "bench", "static", "gfx942", "--stems", *MEMORY_BOUND)
     assert output.startswith(f"gfx942: {', '.join(MEMORY_BOUND)} compiled")
@@ -242,10 +232,9 @@ def test_every_kernel_is_recorded(bf16: list[CompiledKernel]) -> None:
         for function in ast.parse(path.read_text()).body
         if isinstance(function, ast.FunctionDef)
         and not function.name.startswith("_")
-        and [ast.unparse(decorator) for decorator in function.decorator_list] == ["triton.jit"]
+        and function.args.args[-1].arg == "INT64"  # what is launched, not what that calls
     }
-    for target in GPUS:
-        assert {kernel.kernel for kernel in select(bf16, target=target)} == written
+    assert {kernel.kernel for kernel in bf16} == written
 
 
 def test_launches_of_a_layer_have_different_keys(bf16: list[CompiledKernel]) -> None:

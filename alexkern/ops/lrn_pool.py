@@ -170,7 +170,7 @@ def pooled_normalisation_grad(
     cells = images * -(-height // windows.stride[0]) * -(-width // windows.stride[1])
     chunks = _chunks(input, normalisation)
     blocks = config.chunks_of_channels(input, chunks, -(-cells // steps))
-    parts = blocks.programs // (chunks // blocks.chunks_per_program)
+    parts = blocks.programs // -(-chunks // blocks.chunks_per_program)
     partial = empty((parts, channels), input, torch.float32) if bias else None
     launch(
         device_code("lrn_pool").lrn_max_pool_backward,

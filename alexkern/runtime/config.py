@@ -144,10 +144,11 @@ def chunks_of_channels(tensor: Tensor, chunks: int, positions: int) -> ChunkConf
     """
     block, together = 1024, 1
     if for_interpreter(tensor):
-        block = min(2**16, 8 * power_of_two(chunks * positions))
-    if for_interpreter(tensor) or not tensor.is_contiguous():
+        together = power_of_two(chunks)
+        block = min(2**16, 8 * power_of_two(together * positions))
+    elif not tensor.is_contiguous():
         together = min(chunks & -chunks, block // 8)  # the largest power of two in both
-    programs = chunks // together * -(-positions // (block // 8 // together))
+    programs = -(-chunks // together) * -(-positions // (block // 8 // together))
     return ChunkConfig(block, together, programs, 4)
 
 

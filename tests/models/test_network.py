@@ -77,8 +77,15 @@ def recorded(monkeypatch):
         layer = original["linear_bias_relu_dropout"]
         return layer(x, weight, bias, p, training, mode=mode, seed=seed)
 
+    def whole(x, weight, bias, stride, padding, groups, **tail):
+        maps = convolve(x, weight, bias, stride=stride, padding=padding, groups=groups)
+        names = ("size", "alpha", "beta", "k", "alpha_mode", "norm_groups")
+        normalised = norm(maps, *(tail[name] for name in names))
+        return pool(normalised, tail["kernel_size"], tail["pool_stride"])
+
     replacements = {
         "conv2d_bias_relu": convolve,
+        "conv2d_bias_relu_lrn_max_pool2d": whole,
         "max_pool2d": pool,
         "local_response_norm": norm,
         "dropout": dropout,
