@@ -35,7 +35,8 @@ def local_response_norm(
     Args:
         input: [N, C, *], three or more dimensions, NCHW or channels_last (kept; other strides
             are copied once). float32, float16 and bfloat16 have kernels, computing in float32;
-            other dtypes, and windows of more than 17 channels, run the reference.
+            other dtypes, windows of more than 17 channels, and a k or alpha that lets the
+            denominator reach zero (``k <= 0`` or ``alpha < 0``) run the reference.
         size: channels in a window, at least 1.
         alpha: see ``alpha_mode``.
         beta: the exponent.
@@ -59,7 +60,7 @@ def local_response_norm(
     normalisation = checked_normalisation(input.shape, size, alpha, beta, k, alpha_mode, groups)
     if input.numel() == 0:
         return input
-    if sum(normalisation.reach(input.shape[1])) > WIDEST or not runs_triton("lrn", input):
+    if not normalisation.fits_kernels(input.shape[1]) or not runs_triton("lrn", input):
         return reference.local_response_norm(input, *normalisation)
     output: Tensor = _LocalResponseNorm.apply(input, normalisation)
     return output
@@ -78,6 +79,13 @@ class Normalisation(NamedTuple):
         """Channels before and after a window's own; a wider window than the group is cut."""
         most = channels // self.groups - 1
         return min(self.size // 2, most), min((self.size - 1) // 2, most)
+
+    def fits_kernels(self, channels: int) -> bool:
+        """Whether the window fits the registers, and no denominator can be zero or negative.
+
+        The kernels compute it beyond the borders, too, where the sum of squares is zero.
+        """
+        return sum(self.reach(channels)) <= WIDEST and self.k > 0 and self.scale >= 0
 
     def packed(self, channels: int, channels_last: bool) -> bool:
         """Whether eight channels are neighbours in memory: 16 bytes in half precision."""

@@ -19,6 +19,8 @@ from alexkern.runtime.layout import dense, dense_as, is_channels_last
 
 # Output rows of a forward program at most: its first costs half as much again as the others.
 _OUT_ROWS = 9
+# CUDA's limit on a grid's second dimension, which counts programs along output rows.
+_MOST_OUT_ROWS = 65535 * _OUT_ROWS
 # Cells that a backward thread takes in turn before its program sums over them.
 _STEPS = 4
 
@@ -93,6 +95,8 @@ def fits_one_pass(
     shape: Sequence[int], channels_last: bool, normalisation: Normalisation, windows: Windows
 ) -> bool:
     """Whether the fused kernels take a dense [N, C, H, W] input of this shape and layout."""
+    if not normalisation.fits_kernels(shape[1]) or windows.output_size[0] > _MOST_OUT_ROWS:
+        return False
     if windows.dilation != (1, 1) or prod(windows.stride) > 4 or not windows.inside(shape[2:]):
         return False
     if not all(s <= k <= 2 * s for s, k in zip(windows.stride, windows.kernel, strict=True)):

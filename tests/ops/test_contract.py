@@ -190,6 +190,7 @@ def test_integers_run_the_reference(device, triton, launches):
     weight = torch.arange(4 * 6 * 4).view(4, 6, 2, 2) - 50
     check_same(ops.conv2d_bias_relu(image, weight), plain_conv(image, weight, None, "relu"))
     assert ops.local_response_norm(image, 5).dtype == F.local_response_norm(image, 5).dtype
+    assert ops.lrn_max_pool2d(image, 5, 2).dtype == F.local_response_norm(image, 5).dtype
     assert not launches
 
 

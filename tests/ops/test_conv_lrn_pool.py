@@ -120,13 +120,35 @@ def test_only_the_gradients_that_are_asked_for(randn, triton, launches, request,
 
 def test_shipped_configurations_sum_over_several_programs(randn, triton, vendor, launches):
     """The bias gradient is cut into partial sums, with cells left over in the last."""
-    input = randn(3, 4, 31, 27, layout="channels_last")
+    input = randn(2, 4, 27, 25, layout="channels_last")
     with shipped_configurations():
-        check_against_float64(input, randn(24, 4, 1, 1, seed=1), randn(24, seed=2), {})
-    forward, backward = launches
+        check_against_float64(input, randn(32, 4, 1, 1, seed=1), randn(32, seed=2), {})
+    _, backward = launches
     assert backward.constants["BIAS"]
-    assert backward.grid[0] > 3
-    assert forward.grid[1] > 1
+    assert backward.constants["CHUNKS_PER_PROGRAM"] == 4
+    assert backward.grid[0] > 2
+
+
+@pytest.mark.parametrize("vendors", [False, True])
+def test_nan_passes_the_relu(randn, triton, request, vendors):
+    """Its mask lets NaN through, as PyTorch's does: every gradient has it where PyTorch has."""
+    if vendors:
+        request.getfixturevalue("vendor")
+    input, weight, bias, keywords = make(randn, "grouped", layout="channels_last")
+    bias[3] = float("nan")
+    ours, doubles = (
+        leaves(input, weight, bias),
+        leaves(*(t.double() for t in (input, weight, bias))),
+    )
+    output = ops.conv2d_bias_relu_lrn_max_pool2d(*ours, **keywords, **TAIL, pool_stride=2)
+    maps = plain_conv(*doubles, activation="relu", **keywords)
+    truth = F.max_pool2d(plain_lrn(maps, 5, 0.5), 3, 2)
+    assert torch.equal(output.isnan(), truth.isnan())
+    grads = torch.autograd.grad(output.sum(), ours)
+    truths = torch.autograd.grad(truth.sum(), doubles)
+    for grad, expected in zip(grads[1:], truths[1:], strict=True):
+        assert expected.isnan().any()
+        assert torch.equal(grad.isnan(), expected.isnan())
 
 
 def test_what_one_pass_does_not_take(randn, triton, launches):

@@ -60,10 +60,12 @@ def test_shapes(randn, backend, shape, layout):
         check_lrn(randn(*shape, dtype=dtype, layout=layout), **STRONG)
 
 
-def test_formula(triton):
+def test_formula(triton, device):
     """Written out for one pixel, independently of PyTorch (paper section 3.3)."""
     values = [1.0, -2.0, 3.0, 0.5, 4.0]
-    output = ops.local_response_norm(torch.tensor(values).view(1, 5, 1), 3, 0.1, 0.75, 2.0, "sum")
+    output = ops.local_response_norm(
+        torch.tensor(values, device=device).view(1, 5, 1), 3, 0.1, 0.75, 2.0, "sum"
+    )
     for c, value in enumerate(values):
         square_sum = sum(v * v for v in values[max(0, c - 1) : c + 2])
         assert output[0, c, 0].item() == pytest.approx(value / (2 + 0.1 * square_sum) ** 0.75)
@@ -127,7 +129,7 @@ def test_not_finite(randn, backend, layout):
         expected = plain_lrn(input, **STRONG)
         assert torch.equal(output.isnan(), expected.isnan())
         torch.testing.assert_close(output, expected, equal_nan=True)
-    zeros = torch.tensor([0.0, -0.0]).view(1, 2, 1)
+    zeros = torch.tensor([0.0, -0.0], device=input.device).view(1, 2, 1)
     check_same(ops.local_response_norm(zeros, 3), zeros)
 
 
@@ -140,6 +142,17 @@ def test_gradient_of_terms_that_cancel(randn, triton, dtype):
     input = torch.full_like(randn(1, 8, 2, 2, dtype=dtype), 8.0)
     keywords = {"size": 16, "alpha": 3.0, "beta": 0.5, "k": 1.0, "alpha_mode": "sum"}
     check_lrn(input, **keywords, upstream=torch.ones_like(input))
+
+
+@pytest.mark.parametrize("beta", [0.75, 1.0])
+@pytest.mark.parametrize(("k", "alpha"), [(0.0, 0.5), (5.0, -0.5)])
+def test_denominators_that_are_not_positive(triton, device, k, alpha, beta):
+    """Finite gradients beside them stay finite, as in PyTorch."""
+    values = torch.tensor([0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.0, 9.0], device=device)
+    ours, theirs = leaves(values.view(1, 9, 1), values.view(1, 9, 1).double())
+    for input, op in ((ours, ops.local_response_norm), (theirs, F.local_response_norm)):
+        op(input, 5, alpha, beta, k).sum().backward()
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, equal_nan=True, rtol=1e-4, atol=0)
 
 
 def test_half_does_not_overflow_inside(triton, device):

@@ -132,14 +132,16 @@ def test_any_long(randn, case):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shipped_configurations(randn, triton, launches, dtype, layout):
-    """Several programs along chunks, positions and output rows."""
-    input = randn(1, 24, 43, 11, dtype=dtype, layout=layout)
+    """Several programs along positions and output rows, and several chunks in each of them."""
+    input = randn(5, 32, 23, 17, dtype=dtype, layout=layout)
     with shipped_configurations():
         check_lrn_pool(input, **STRONG, kernel_size=3, stride=2)
     forward, backward = launches
-    assert forward.grid[0] > 2
+    chunks = 4 if layout == "channels_last" else 1
+    assert {made.constants["CHUNKS_PER_PROGRAM"] for made in launches} == {chunks}
+    assert forward.grid[0] > 1
     assert forward.grid[1] > 1
-    assert backward.grid[0] > 3
+    assert backward.grid[0] > 4 // chunks
     assert {made.constants["PACKED"] for made in launches} == {layout == "channels_last"}
 
 
