@@ -81,9 +81,8 @@ def lrn_max_pool2d(
     """Both, one after the other, rounded once."""
     value = input.to(_compute_dtype(input))
     normalised = local_response_norm(value, size, scale, beta, k, groups)
-    return F.max_pool2d(normalised, kernel_size, stride, padding, dilation, ceil_mode).to(
-        input.dtype
-    )
+    output = F.max_pool2d(normalised, kernel_size, stride, padding, dilation, ceil_mode)
+    return output.to(input.dtype) if input.is_floating_point() else output
 
 
 def dropout(
