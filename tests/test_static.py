@@ -41,7 +41,7 @@ INSTRUCTIONS = {
     "lrn_backward": 40,
     "lrn_max_pool_forward": 120,
     "lrn_max_pool_backward": 56,
-    "max_pool_forward": 80,
+    "max_pool_forward": 90,  # triton 3.6 needs 67, 3.8 needs 87
     "max_pool_backward": 20,
     "sgd_step": 20,
     "augment_crops": 22,
@@ -292,9 +292,8 @@ def test_work_of_known_layers(
 
 def test_flops_of_a_strided_transposed_convolution(bf16: list[CompiledKernel]) -> None:
     """Each product of forward occurs once in the image's gradient too."""
-    for target in GPUS:
-        forward, backward = select(bf16, target=target, layer="odd conv", kernel="conv2d")
-        assert forward.flops == backward.flops == 2 * (3 * 24 * 4 * 4) * (3 * 3 * 12)
+    forward, backward = select(bf16, layer="odd conv", kernel="conv2d")
+    assert forward.flops == backward.flops == 2 * (3 * 24 * 4 * 4) * (3 * 3 * 12)
 
 
 # LDG.E.128 and FFMA are run as often as the loop, all else once
