@@ -80,7 +80,8 @@ class KrizhevskySGD(Optimizer):
 
     Args:
         params: Parameters, or dicts of parameter groups (see :func:`weights_and_biases`).
-        lr: Learning rate: a number or a tensor of one element. No step waits for a device tensor.
+        lr: Learning rate: a number or a tensor of one element. No step waits for a device tensor,
+            unless parameters are on the CPU.
         momentum: Share of the velocity that stays.
         weight_decay: Decay of the weights, times the learning rate.
         lr_factor: Times ``lr``: for groups that shall follow one schedule at their own rates.
@@ -91,6 +92,7 @@ class KrizhevskySGD(Optimizer):
             a check of your own; :class:`torch.amp.GradScaler` sets it before a step, and deletes
             it after.
         grad_scale: Likewise; gradients are divided by it as they are read, and stay as they are.
+            GradScaler's ``unscale_``, which clipping needs, refuses float16 gradients, as ever.
 
     Raises:
         ValueError: ``lr``, ``momentum``, ``weight_decay`` or ``lr_factor`` is negative, or ``lr``
@@ -214,6 +216,8 @@ class KrizhevskySGD(Optimizer):
         """Master weight (the parameter itself if not half precision) and velocity."""
         state, dtype = self.state[parameter], _state_dtype(parameter)
         half = parameter.dtype in _HALF
+        if not half:
+            state.pop("master", None)  # out of date if the parameter is halved again
         if "velocity" not in state:
             _check_not_captured(parameter)
             state["velocity"] = torch.zeros_like(parameter, dtype=dtype)
@@ -223,14 +227,17 @@ class KrizhevskySGD(Optimizer):
         # A model may move, change its memory format, or continue with another one's state.
         for name in ("velocity", "master") if half else ("velocity",):
             value = state[name].to(parameter.device, dtype)
-            state[name] = ordered_as(value, parameter) if plain else value
+            value = ordered_as(value, parameter) if plain else value
+            if value is not state[name]:
+                _check_not_captured(parameter)
+                state[name] = value
         return state["master"] if half else parameter, state["velocity"]
 
     def _rule(self, group: dict[str, Any], device: torch.device) -> "_Rule":
         lr, factor = group["lr"], group["lr_factor"]
         if isinstance(lr, Tensor):
             on_host = lr.is_cpu and device.type != "cpu"
-            lr = lr.item() if on_host else lr.squeeze().to(device, non_blocking=True)
+            lr = lr.item() if on_host else _sent(lr, device)
         return _Rule(
             lr if factor == 1 else lr * factor,
             group["momentum"],
@@ -241,7 +248,7 @@ class KrizhevskySGD(Optimizer):
 
     def _on_device(self, name: str, device: torch.device) -> Tensor | None:
         value: Tensor | None = getattr(self, name, None)
-        return None if value is None else value.squeeze().to(device, non_blocking=True)
+        return None if value is None else _sent(value, device)
 
 
 class _Rule(NamedTuple):
@@ -281,6 +288,11 @@ class _Kind(NamedTuple):
     parameter: torch.dtype
     gradient: torch.dtype
     plain: bool
+
+
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """One element on a device; only the host must wait for it, as it would read it too early."""
+    return value.squeeze().to(device, non_blocking=device.type != "cpu")
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:

@@ -298,15 +298,34 @@ def test_half_precision_parameters_are_rounded_masters(backend, layers, dtype):
             assert torch.equal(parameter, master.to(dtype))
 
 
-def test_small_steps_are_not_lost_in_half_precision(backend):
+def test_small_steps_are_not_lost_in_half_precision(backend, device):
     """1 - 0.0001 is 1 in bfloat16; a hundred of these steps are not."""
-    weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16, device=device))
     optimizer = KrizhevskySGD([weight], lr=1e-4, momentum=0.0, weight_decay=0.0)
     for _ in range(100):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
     assert optimizer.state[weight]["master"][0].item() == pytest.approx(0.99, rel=1e-5)
     assert weight[0].item() < 1
+
+
+def test_a_master_weight_does_not_outlive_half_precision(backend, device):
+    """What float32 learned in between is not undone."""
+    model = nn.Linear(4, 1, device=device).bfloat16()
+    optimizer = KrizhevskySGD(model.parameters(), lr=0.125, momentum=0.0, weight_decay=0.0)
+
+    def step(gradient: float) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+
+    step(1.0)
+    model.float()
+    step(4.0)
+    expected = model.weight.detach().bfloat16()
+    model.bfloat16()
+    step(0.0)
+    assert torch.equal(model.weight.detach(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

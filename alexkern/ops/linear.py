@@ -60,8 +60,9 @@ def linear_bias_relu_dropout(
 
     Saves for backward: input and weight, each only if a gradient needs it; with ``"relu"`` the
     output, which tells what was dropped, else the seed (8 bytes). Gradients that nobody asks for
-    are not computed. Behind a ReLU the gradient of a unit is that of its output where the output
-    is NaN, and zero where it is zero, whatever arrives there. Backward is deterministic where
+    are not computed. Behind a ReLU the gradient of a unit passes, times the factor of a kept one,
+    where the output is NaN, and is zero where it is zero, whatever arrives there. As the output
+    is kept, it must not be changed in place before backward. Backward is deterministic where
     torch's matrix products are; double backward raises.
 
     Raises:

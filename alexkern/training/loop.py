@@ -187,8 +187,11 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
         seeds = [derive_seed(options.seed, "dropout", self.step, layer) for layer in (0, 1)]
+        # pinned, as the host would otherwise wait for all that the device has yet to do
+        dropout_seeds = torch.tensor(seeds, pin_memory=self._device.type == "cuda")
+        dropout_seeds = dropout_seeds.to(self._device, non_blocking=True)
         with self._precision(), self._kernels():
-            logits = self.model(self._input(batch), torch.tensor(seeds, device=self._device))
+            logits = self.model(self._input(batch), dropout_seeds)
         logits = logits.float()
         loss = F.cross_entropy(logits, batch.labels)
         self._optimizer.zero_grad()
