@@ -1,11 +1,22 @@
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DTYPES, LAYOUTS, check_lrn_pool, check_refusal, check_same, leaves, plain_lrn
+from numerics import (
+    DTYPES,
+    LAYOUTS,
+    check_lrn,
+    check_lrn_pool,
+    check_refusal,
+    check_same,
+    inside_nans,
+    leaves,
+    plain_lrn,
+)
 
 import alexkern
 from alexkern import ops
@@ -143,6 +154,17 @@ def test_shipped_configurations(randn, triton, launches, dtype, layout):
     assert forward.grid[1] > 1
     assert backward.grid[0] > 4 // chunks
     assert {made.constants["PACKED"] for made in launches} == {layout == "channels_last"}
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_packed_kernels_stay_inside(randn, triton, guard_bands, launches, offset, shipped):
+    """With 16-byte accesses, and where an odd address forbids them: among NaNs, and guarded."""
+    input = inside_nans(randn(2, 16, 7, 5, layout="channels_last"), offset)
+    with shipped_configurations() if shipped else nullcontext():
+        check_lrn(input, 5, 0.5)
+        check_lrn_pool(input, **STRONG, kernel_size=3, stride=2)
+    assert {made.constants["PACKED"] for made in launches} == {True}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
