@@ -30,6 +30,10 @@ from alexkern.runtime.config import shipped_configurations
 SPATIAL = ["conv", "lrn", "pool", "dropout", "lrn_pool", "conv_lrn_pool"]
 STEMS = [*SPATIAL, "linear"]
 WITH_WEIGHTS = ("conv", "conv_lrn_pool", "linear")
+# the whole layer's kernels are those of conv and lrn_pool, and it takes the longest
+MOST_QUICKLY = [
+    pytest.param(s, marks=pytest.mark.slow) if s == "conv_lrn_pool" else s for s in STEMS
+]
 SHAPE = (2, 6, 7, 5)
 
 
@@ -110,7 +114,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", MOST_QUICKLY)
 def test_views(randn, triton, operands, stem, view):
     input = VIEWS[view](randn(*SHAPE))
     before = input.clone()
@@ -121,7 +125,7 @@ def test_views(randn, triton, operands, stem, view):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("offset", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", MOST_QUICKLY)
 def test_misaligned_among_nans(randn, triton, operands, stem, dtype, offset, layout):
     """Nothing is read around a tensor, wherever it starts in memory."""
     others = operands(dtype)
@@ -197,7 +201,7 @@ def test_integers_run_the_reference(device, triton, launches):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shipped", [False, True])
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", MOST_QUICKLY)
 def test_guard_bands(randn, triton, operands, guard_bands, stem, shipped, dtype, layout):
     """Nothing is written around a result, and every element of it is written."""
     tensors = randn(*SHAPE, dtype=dtype, layout=layout), operands(dtype)
