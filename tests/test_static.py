@@ -176,6 +176,7 @@ def test_memory_bound_kernels_keep_to_registers(half: list[CompiledKernel]) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_memory_bound_kernels_compile_for_amd() -> None:
     output = run_apart("-m", "bench", "static", "gfx942", "--stems", *MEMORY_BOUND)
     assert output.startswith(f"gfx942: {', '.join(MEMORY_BOUND)} compiled")
