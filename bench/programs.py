@@ -78,7 +78,9 @@ def compilation(launch: Launch) -> Compilation:
             types = {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1"}
             types |= {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
             signature.append((parameter, "*" + types[value.dtype]))
-            divisible.append(parameter)  # fresh allocations are aligned to more than 16 bytes
+            # an allocation is aligned to more than 16 bytes, a view of it perhaps not
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                divisible.append(parameter)
         elif isinstance(value, float):
             signature.append((parameter, "fp32"))
         elif value == 1:

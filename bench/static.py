@@ -103,7 +103,7 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
 }
 
 # The tensors that a kernel writes over what it has read.
-IN_PLACE = {"linear_epilogue": ("y_pointer",)}
+IN_PLACE = {"linear_epilogue": ("y_pointer",), "conv2d_epilogue": ("y_pointer",)}
 
 # The parameter that is a kernel's result, where it has no count.
 _RESULTS = ("result_pointer", "masked_pointer", "y_pointer", "dx_pointer", "partial_pointer")
@@ -306,18 +306,12 @@ def _bytes(kernel: str, parameters: Any) -> int:
 
 
 def _flops(kernel: str, parameters: Any) -> int:
-    """Of a convolution: for each of its output's elements, in whatever role that is given."""
-    output = {
-        "conv2d": ("source_pointer", "GROUP_OUT")
-        if getattr(parameters, "TRANSPOSED", False)
-        else ("result_pointer", "GROUP_IN"),
-        "conv2d_weight_grad": ("grad_pointer", "GROUP_IN"),
-    }.get(kernel)
-    if output is None:
+    """Of a convolution: for each element of its output, or of the result that takes its place."""
+    outputs = {"conv2d": "result_pointer", "conv2d_weight_grad": "grad_pointer"}
+    if kernel not in outputs:
         return 0
-    pointer, channels = (getattr(parameters, name) for name in output)
-    products = parameters.KERNEL_H * parameters.KERNEL_W * channels
-    return int(2 * pointer.numel() * products)
+    products = parameters.KERNEL_H * parameters.KERNEL_W * parameters.GROUP_IN
+    return int(2 * getattr(parameters, outputs[kernel]).numel() * products)
 
 
 def compile_kernels(

