@@ -18,9 +18,18 @@ from typing import Any
 
 import torch
 
-from alexkern.runtime.launch import Launch
+from alexkern.runtime.launch import Launch, underlying
 
 WARP = 32
+_TYPES = {
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
 _INSTRUCTION_BYTES = 16
 
 
@@ -75,12 +84,13 @@ def compilation(launch: Launch) -> Compilation:
     signature, divisible, constants = [], [], dict(launch.constants)
     for parameter, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):
         if isinstance(value, torch.Tensor):
-            types = {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1"}
-            types |= {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-            signature.append((parameter, "*" + types[value.dtype]))
+            signature.append((parameter, "*" + _TYPES[value.dtype]))
             # an allocation is aligned to more than 16 bytes, a view of it perhaps not
             if value.storage_offset() * value.element_size() % 16 == 0:
                 divisible.append(parameter)
+        elif underlying(value) is not value:
+            box = f"{_TYPES[value.base.dtype]}{list(value.block_shape)}"
+            signature.append((parameter, f"tensordesc<{box}>"))
         elif isinstance(value, float):
             signature.append((parameter, "fp32"))
         elif value == 1:
@@ -253,12 +263,13 @@ def _count(operations: Sequence[str]) -> dict[str, int]:
         "tensor_core": 0,
         "load_16_bytes": 0,
         "load_narrower": 0,
+        "load_boxes": 0,
         "store_16_bytes": 0,
         "store_narrower": 0,
         "special_function": 0,
         "local_memory": 0,
     }
-    kinds = {"LDG": "load", "LDGSTS": "load", "STG": "store"}
+    kinds = {"LDG": "load", "LDGSTS": "load", "STG": "store", "UTMALDG": "load_boxes"}
     kinds |= {"MUFU": "special_function", "LDL": "local_memory", "STL": "local_memory"}
     for operation in operations:
         name, *qualifiers = operation.split()[0].split(".")

@@ -25,7 +25,7 @@ import alexkern.ops as ops
 from alexkern import use_backend
 from alexkern.models import alexnet
 from alexkern.optim import KrizhevskySGD
-from alexkern.runtime.launch import Launch, record_launches
+from alexkern.runtime.launch import Launch, record_launches, underlying
 from bench import lrn_path
 from bench.compile_record import (
     GPUS,
@@ -89,6 +89,11 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "augment_crops": lambda p: (p.images_per_program,),
     "conv2d": lambda p: (_ceil(p.KERNEL_H * p.KERNEL_W * p.GROUP_IN, p.BLOCK_K),),
     "conv2d_weight_grad": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_K),),
+    # at most: taps that lie outside the image are left out
+    "conv2d_boxes": lambda p: (p.KERNEL_H * p.KERNEL_W * p.GROUP_IN // p.BLOCK_K,),
+    "conv2d_weight_grad_boxes": lambda p: (
+        _ceil(p.images, p.BLOCK_K) * _ceil(p.height * p.width, p.grid[1]),
+    ),
     "conv2d_epilogue_backward": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_M),),
     "linear_epilogue_backward": lambda p: (_ceil(p.rows_per_split, p.BLOCK_M),),
     "sum_partials": lambda p: (p.splits // 4, p.splits % 4),  # unrolled by the compiler
@@ -262,7 +267,7 @@ def _layer_launch(
 ) -> LayerLaunch:
     kernel = launch.kernel
     arguments = dict(zip(kernel.arg_names, launch.arguments, strict=False))
-    parameters = SimpleNamespace(**arguments, **launch.constants)
+    parameters = SimpleNamespace(**arguments, **launch.constants, grid=launch.grid)
     trips = TRIPS.get(kernel.__name__)
     if layer in _UPDATED:
         elements = _UPDATED[layer]
@@ -297,7 +302,8 @@ def _elements(kernel: str, parameters: Any) -> int:
 def _bytes(kernel: str, parameters: Any) -> int:
     """Of all tensors; of stored images those of the crops, one for each value of the result."""
     # a pointer that the kernel does not use is given a tensor that is there already
-    tensors = {id(v): v for v in vars(parameters).values() if isinstance(v, torch.Tensor)}
+    values = map(underlying, vars(parameters).values())
+    tensors = {id(value): value for value in values if isinstance(value, torch.Tensor)}
     sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
     if kernel == "augment_crops":
         sizes[id(parameters.images_pointer)] = parameters.result_pointer.numel()
@@ -307,11 +313,16 @@ def _bytes(kernel: str, parameters: Any) -> int:
 
 def _flops(kernel: str, parameters: Any) -> int:
     """Of a convolution: for each element of its output, or of the result that takes its place."""
-    outputs = {"conv2d": "result_pointer", "conv2d_weight_grad": "grad_pointer"}
+    outputs = {
+        "conv2d": "result_pointer",
+        "conv2d_boxes": "result_pointer",
+        "conv2d_weight_grad": "grad_pointer",
+        "conv2d_weight_grad_boxes": "grad",
+    }
     if kernel not in outputs:
         return 0
     products = parameters.KERNEL_H * parameters.KERNEL_W * parameters.GROUP_IN
-    return int(2 * getattr(parameters, outputs[kernel]).numel() * products)
+    return int(2 * underlying(getattr(parameters, outputs[kernel])).numel() * products)
 
 
 def compile_kernels(

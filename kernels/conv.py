@@ -57,6 +57,28 @@ def _dot(left, right, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _bias(bias_pointer, group, out_channel, GROUP_OUT: tl.constexpr):
+    """Of a group's channels, as a row."""
+    mask = out_channel < GROUP_OUT
+    bias = tl.load(bias_pointer + group * GROUP_OUT + out_channel, mask=mask, other=0.0)
+    return bias.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _reaching(position, extent, count, STEP: tl.constexpr):
+    """The steps t of count for which 0 <= position + t * STEP < extent: the first, and the end."""
+    if STEP > 0:
+        first = (STEP - 1 - position) // STEP
+        end = (STEP - 1 + extent - position) // STEP
+    else:
+        first = (position - extent - STEP) // -STEP
+        end = (position - STEP) // -STEP
+    # where a numerator is negative, the quotient is 0 or less, rounded either way
+    first = tl.maximum(first, 0)
+    return first, tl.maximum(tl.minimum(end, count), first)
+
+
+@triton.jit
 def conv2d(
     source_pointer,
     weight_pointer,
@@ -159,10 +181,7 @@ def conv2d(
         total = _dot(left, right, total, PRECISION, UPCAST)
 
     if HAS_BIAS:
-        bias = tl.load(
-            bias_pointer + group * GROUP_OUT + out_channel, mask=out_channel < GROUP_OUT, other=0.0
-        )
-        total += bias.to(tl.float32)[None, :]
+        total += _bias(bias_pointer, group, out_channel, GROUP_OUT)
     if RELU:
         total = tl.where(total < 0.0, 0.0, total)  # keeps NaN, unlike maximum
     pixel_offsets = image * result_stride_n + row * result_stride_h + column * result_stride_w
@@ -171,6 +190,105 @@ def conv2d(
         result_pointer + pixel_offsets[:, None] + channel_offsets[None, :],
         total.to(result_pointer.dtype.element_ty),
         mask=(pixel < pixels)[:, None] & (out_channel < GROUP_OUT)[None, :],
+    )
+
+
+@triton.jit
+def conv2d_boxes(
+    source,
+    weight,
+    bias_pointer,
+    result_pointer,
+    images,
+    source_height,
+    source_width,
+    height,
+    width,
+    padding_top,
+    padding_left,
+    result_stride_n,
+    result_stride_c,
+    result_stride_h,
+    result_stride_w,
+    GROUP_IN: tl.constexpr,
+    GROUP_OUT: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    TURNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    IMAGES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """`conv2d` with stride 1 for many images: a tile is COLUMNS pixels of a row in IMAGES images.
+
+    Its operands are boxes that tensor descriptors load, zeros where they leave the image: taps
+    that lie outside for all of a tile are left out, and no position is computed per element.
+    The source is [images, height, width, channels], BLOCK_K divides GROUP_IN. The weight is
+    [GROUP_OUT, (tap, GROUP_IN)] of each group, TURNED [GROUP_IN, (tap, GROUP_OUT)].
+    """
+    program = tl.program_id(0)
+    tiles_n: tl.constexpr = (GROUP_OUT + BLOCK_N - 1) // BLOCK_N
+    tiles_w = tl.cdiv(width, COLUMNS)
+    groups = tl.num_programs(0) // (tiles_n * tl.cdiv(images, IMAGES) * height * tiles_w)
+    first_channel = program % tiles_n * BLOCK_N
+    group = program // tiles_n % groups
+    place = program // (tiles_n * groups)
+    left = place % tiles_w * COLUMNS
+    row = place // tiles_w % height
+    first_image = place // (tiles_w * height) * IMAGES
+
+    top_tap = row - padding_top
+    left_tap = left - padding_left
+    row_begin, row_end = _reaching(top_tap, source_height, KERNEL_H, DILATION_H)
+    wider: tl.constexpr = COLUMNS - 1  # some column of the tile reaches the source
+    column_begin, column_end = _reaching(
+        left_tap + wider, source_width + wider, KERNEL_W, DILATION_W
+    )
+    taps = (row_end - row_begin) * (column_end - column_begin)
+    blocks: tl.constexpr = GROUP_IN // BLOCK_K
+    total = tl.zeros((IMAGES * COLUMNS, BLOCK_N), tl.float32)
+    for step in range(0, taps * blocks):
+        tap_row = row_begin + step // blocks // (column_end - column_begin)
+        tap_column = column_begin + step // blocks % (column_end - column_begin)
+        channel = step % blocks * BLOCK_K
+        pixels = source.load(
+            [
+                first_image,
+                top_tap + tap_row * DILATION_H,
+                left_tap + tap_column * DILATION_W,
+                group * GROUP_IN + channel,
+            ]
+        ).reshape(IMAGES * COLUMNS, BLOCK_K)
+        tap = tap_row * KERNEL_W + tap_column
+        if TURNED:
+            right = weight.load([group * GROUP_IN + channel, tap * GROUP_OUT + first_channel])
+        else:
+            right = weight.load([group * GROUP_OUT + first_channel, tap * GROUP_IN + channel]).T
+        total = _dot(pixels, right, total, PRECISION, UPCAST)
+
+    out_channel = first_channel + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        total += _bias(bias_pointer, group, out_channel, GROUP_OUT)
+    if RELU:
+        total = tl.where(total < 0.0, 0.0, total)  # keeps NaN, unlike maximum
+    image = first_image + tl.arange(0, IMAGES * COLUMNS) // COLUMNS
+    column = left + tl.arange(0, IMAGES * COLUMNS) % COLUMNS
+    if INT64:
+        image = image.to(tl.int64)
+    pixel_offsets = image * result_stride_n + row * result_stride_h + column * result_stride_w
+    channel_offsets = (group * GROUP_OUT + out_channel) * result_stride_c
+    tl.store(
+        result_pointer + pixel_offsets[:, None] + channel_offsets[None, :],
+        total.to(result_pointer.dtype.element_ty),
+        mask=((image < images) & (column < width))[:, None] & (out_channel < GROUP_OUT)[None, :],
     )
 
 
@@ -282,6 +400,94 @@ def conv2d_weight_grad(
         + weight_offsets[None, :],
         total.to(partial_pointer.dtype.element_ty),
         mask=(out_channel < GROUP_OUT)[:, None] & (product < products)[None, :],
+    )
+
+
+@triton.jit
+def conv2d_weight_grad_boxes(
+    grad,
+    x,
+    partial_pointer,
+    images,
+    x_height,
+    x_width,
+    height,
+    width,
+    padding_top,
+    padding_left,
+    partial_stride,
+    weight_stride_out,
+    weight_stride_in,
+    weight_stride_h,
+    weight_stride_w,
+    GROUP_IN: tl.constexpr,
+    GROUP_OUT: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """`conv2d_weight_grad` for many images: sums over one output pixel of BLOCK_K images at a time.
+
+    A tile is BLOCK_M output channels by BLOCK_N input channels of one tap. Both operands are boxes
+    of [images, height, width, channels], and pixels whose tap lies outside are left out.
+    """
+    program = tl.program_id(0)
+    split = tl.program_id(1)
+    tiles_n: tl.constexpr = (GROUP_IN + BLOCK_N - 1) // BLOCK_N
+    tiles_m: tl.constexpr = (GROUP_OUT + BLOCK_M - 1) // BLOCK_M
+    first_in = program % tiles_n * BLOCK_N
+    tap = program // tiles_n % (KERNEL_H * KERNEL_W)
+    program //= tiles_n * KERNEL_H * KERNEL_W
+    first_out = program % tiles_m * BLOCK_M
+    group = program // tiles_m
+
+    top = tap // KERNEL_W * DILATION_H - padding_top
+    left = tap % KERNEL_W * DILATION_W - padding_left
+    row_begin, row_end = _reaching(top, x_height, height, STRIDE_H)
+    column_begin, column_end = _reaching(left, x_width, width, STRIDE_W)
+    columns = column_end - column_begin
+    blocks = tl.cdiv(images, BLOCK_K)
+    steps = (row_end - row_begin) * columns * blocks
+    each = tl.cdiv(steps, tl.num_programs(1))
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(split * each, tl.minimum(split * each + each, steps)):
+        image = step % blocks * BLOCK_K
+        row = row_begin + step // blocks // columns
+        column = column_begin + step // blocks % columns
+        grads = grad.load([image, row, column, group * GROUP_OUT + first_out])
+        from_row = top + row * STRIDE_H
+        from_column = left + column * STRIDE_W
+        pixels = x.load([image, from_row, from_column, group * GROUP_IN + first_in])
+        total = _dot(
+            grads.reshape(BLOCK_K, BLOCK_M).T,
+            pixels.reshape(BLOCK_K, BLOCK_N),
+            total,
+            PRECISION,
+            UPCAST,
+        )
+
+    out_channel = first_out + tl.arange(0, BLOCK_M)
+    channel = first_in + tl.arange(0, BLOCK_N)
+    if INT64:
+        split = split.to(tl.int64)
+    base = split * partial_stride + tap // KERNEL_W * weight_stride_h
+    base += tap % KERNEL_W * weight_stride_w
+    tl.store(
+        partial_pointer
+        + base
+        + ((group * GROUP_OUT + out_channel) * weight_stride_out)[:, None]
+        + (channel * weight_stride_in)[None, :],
+        total.to(partial_pointer.dtype.element_ty),
+        mask=(out_channel < GROUP_OUT)[:, None] & (channel < GROUP_IN)[None, :],
     )
 
 

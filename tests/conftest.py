@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 import alexkern
 from alexkern.runtime.launch import Launch, empty, launch, poisoned_allocations
 
-STEMS = ("augment", "conv", "dropout", "linear", "lrn", "lrn_pool", "pool")
+STEMS = ("augment", "conv", "conv_passes", "dropout", "linear", "lrn", "lrn_pool", "pool")
 
 hypothesis.settings.register_profile(
     "alexkern", max_examples=25, deadline=None, derandomize=True, database=None

@@ -1,9 +1,7 @@
 """Convolution, bias and ReLU as one op."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +10,18 @@ from torch.autograd.function import once_differentiable
 
 from alexkern import reference
 from alexkern.ops.arguments import autocast, check_dtypes, pair
+from alexkern.ops.conv_passes import (
+    Extents,
+    convolution_input_grad,
+    convolution_weight_grad,
+    convolve,
+    split_sum,
+    sum_partials,
+)
 from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
-from alexkern.runtime.launch import device_code, empty, interpreted, launch
-from alexkern.runtime.layout import convolution_fp32_precision, dense, dense_as, is_channels_last
+from alexkern.runtime.launch import device_code, empty, launch
+from alexkern.runtime.layout import dense, dense_as, is_channels_last
 
 
 def conv2d_bias_relu(
@@ -69,38 +75,6 @@ def conv2d_bias_relu(
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     output: Tensor = _Conv2dBiasReLU.apply(batch, weight, bias, extents, activation == "relu")
     return output if input.dim() == 4 else output.squeeze(0)
-
-
-class Extents(NamedTuple):
-    """A convolution's (height, width), its padding as (left, right, top, bottom), its groups."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    @property
-    def padded(self) -> bool:
-        """Whether taps may lie outside of the input."""
-        return any(self.padding)
-
-    def output_size(self, input: Tensor, weight: Tensor) -> tuple[int, int]:
-        """Height and width.
-
-        Raises:
-            RuntimeError: the kernel is larger than the padded input.
-        """
-        left, right, top, bottom = self.padding
-        padded = (input.shape[-2] + top + bottom, input.shape[-1] + left + right)
-        span = [self.dilation[axis] * (weight.shape[2 + axis] - 1) + 1 for axis in range(2)]
-        if padded[0] < span[0] or padded[1] < span[1]:
-            raise RuntimeError(
-                f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel "
-                f"size: ({span[0]} x {span[1]}). Kernel size can't be greater than actual input "
-                "size"
-            )
-        steps = [(padded[axis] - span[axis]) // self.stride[axis] for axis in range(2)]
-        return steps[0] + 1, steps[1] + 1
 
 
 def checked(
@@ -195,39 +169,6 @@ def _four_sides(
     return left, right, top, bottom
 
 
-@dataclass(frozen=True)
-class _Geometry:
-    """The kernels' constants, under the names of their parameters."""
-
-    GROUP_IN: int
-    GROUP_OUT: int
-    KERNEL_H: int
-    KERNEL_W: int
-    STRIDE_H: int
-    STRIDE_W: int
-    DILATION_H: int
-    DILATION_W: int
-
-    @classmethod
-    def of(cls, weight: Tensor, extents: Extents) -> "_Geometry":
-        """Padding is known by where the first tap lies, and by the output's size."""
-        return cls(
-            GROUP_IN=weight.shape[1],
-            GROUP_OUT=weight.shape[0] // extents.groups,
-            KERNEL_H=weight.shape[2],
-            KERNEL_W=weight.shape[3],
-            STRIDE_H=extents.stride[0],
-            STRIDE_W=extents.stride[1],
-            DILATION_H=extents.dilation[0],
-            DILATION_W=extents.dilation[1],
-        )
-
-    @property
-    def products(self) -> int:
-        """Terms of each sum over taps and channels."""
-        return self.KERNEL_H * self.KERNEL_W * self.GROUP_IN
-
-
 class _Conv2dBiasReLU(Function):
     @staticmethod
     def forward(
@@ -265,286 +206,6 @@ class _Conv2dBiasReLU(Function):
         if needs_weight:
             weight_grad = convolution_weight_grad(output_grad, input, weight, ctx.extents)
         return input_grad, weight_grad, bias_grad, None, None
-
-
-def convolve(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    extents: Extents,
-    relu: bool,
-) -> Tensor:
-    """The output for dense operands, in the input's layout."""
-    bias = None if bias is None else bias.contiguous()
-    shape = (input.shape[0], weight.shape[0], *extents.output_size(input, weight))
-    output = empty(shape, input, channels_last=is_channels_last(input))
-    if _gains_from_depth(input, weight, extents):
-        input = _deepened_input(input, shape, weight, extents)
-        weight, extents = _deepened_weight(weight, extents), _UNIT
-    if is_channels_last(input):
-        weight = dense_as(weight, channels_last=True)  # neighbours in products and in memory
-    geometry = _Geometry.of(weight, extents)
-    padding = extents.padding[2], extents.padding[0]
-    _launch_conv2d(input, weight, bias, output, geometry, padding, extents.padded, relu)
-    return output
-
-
-def convolution_input_grad(
-    output_grad: Tensor,
-    weight: Tensor,
-    input_shape: Sequence[int],
-    extents: Extents,
-    channels_last: bool,
-) -> Tensor:
-    """The input gradient from that before bias and ReLU.
-
-    Pixels that leave the same rest when divided by the stride are reached by the same taps, every
-    so many: for these it is a convolution of the output gradient with stride 1.
-    """
-    input_grad = empty(input_shape, output_grad, channels_last=channels_last)
-    if channels_last:
-        weight = dense_as(weight, channels_last=True)
-    group_out = weight.shape[0] // extents.groups
-    # [groups, ...] with the roles of input and output exchanged
-    turned = weight.unflatten(0, (extents.groups, group_out)).transpose(1, 2)
-    left, _, top, _ = extents.padding
-    for rows in _phases(input_shape[2], weight.shape[2], extents, 0, top):
-        for columns in _phases(input_shape[3], weight.shape[3], extents, 1, left):
-            part = input_grad[:, :, rows.pixels, columns.pixels]
-            reaching = turned[:, :, :, rows.taps, columns.taps]
-            if reaching.numel() == 0:
-                part.zero_()
-                continue
-            geometry = _Geometry(
-                GROUP_IN=group_out,
-                GROUP_OUT=weight.shape[1],
-                KERNEL_H=reaching.shape[3],
-                KERNEL_W=reaching.shape[4],
-                STRIDE_H=1,
-                STRIDE_W=1,
-                DILATION_H=rows.dilation,
-                DILATION_W=columns.dilation,
-            )
-            padding = rows.padding, columns.padding
-            _launch_conv2d(output_grad, reaching, None, part, geometry, padding, True, False)
-    return input_grad
-
-
-class _Phase(NamedTuple):
-    """Along one axis, input pixels that are reached by the same taps, and how.
-
-    Of the pixels that ``pixels`` selects, number i is reached from output i - padding +
-    m * dilation by tap number m of those that ``taps`` selects.
-    """
-
-    pixels: slice
-    taps: slice
-    dilation: int
-    padding: int
-
-
-def _phases(size: int, kernel: int, extents: Extents, axis: int, padding: int) -> list[_Phase]:
-    stride, dilation = extents.stride[axis], extents.dilation[axis]
-    found = []
-    for rest in range(min(stride, size)):
-        reaching = [t for t in range(kernel) if (rest + padding - t * dilation) % stride == 0]
-        first = reaching[0] if reaching else kernel
-        common = math.gcd(stride, dilation)
-        found.append(
-            _Phase(
-                slice(rest, None, stride),
-                slice(first, None, stride // common),
-                -dilation // common,
-                -((rest + padding - first * dilation) // stride),
-            )
-        )
-    return found
-
-
-def _launch_conv2d(
-    source: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    result: Tensor,
-    geometry: _Geometry,
-    padding: tuple[int, int],
-    padded: bool,
-    relu: bool,
-) -> None:
-    """Write the convolution of ``source`` into ``result``.
-
-    The weight is [groups * GROUP_OUT, GROUP_IN, height, width], or has groups for itself.
-    """
-    images, channels, height, width = result.shape
-    groups, pixels = channels // geometry.GROUP_OUT, images * height * width
-    if weight.dim() == 4:
-        weight = weight.unflatten(0, (groups, geometry.GROUP_OUT))
-    sizes = groups, geometry.GROUP_IN, pixels, geometry.GROUP_OUT, geometry.products
-    tile = config.matmul(source, *sizes, summed=False)
-    tiles = -(-pixels // tile.block_m) * -(-geometry.GROUP_OUT // tile.block_n)
-    launch(
-        device_code("conv").conv2d,
-        (tiles * groups,),
-        source,
-        weight,
-        weight if bias is None else bias,
-        result,
-        images,
-        *source.shape[2:],
-        height,
-        width,
-        *padding,
-        *source.stride(),
-        *weight.stride(),
-        *result.stride(),
-        **asdict(geometry),
-        PADDED=padded,
-        HAS_BIAS=bias is not None,
-        RELU=relu,
-        **_matmul_constants(source, tile),
-    )
-
-
-def _matmul_constants(source: Tensor, tile: config.MatmulConfig) -> dict[str, Any]:
-    return {
-        "PRECISION": convolution_fp32_precision(),
-        "UPCAST": interpreted(source) and source.dtype == torch.bfloat16,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-
-
-# What is left of the extents after space_to_depth.
-_UNIT = Extents((1, 1), (0, 0, 0, 0), (1, 1), 1)
-
-
-def _gains_from_depth(input: Tensor, weight: Tensor, extents: Extents) -> bool:
-    """Whether to trade the stride for channels: where these are too few for 16-byte loads."""
-    strided = min(extents.stride) > 1 and extents.dilation == (1, 1)
-    return strided and extents.groups == 1 and weight.shape[1] % 8 != 0 and weight.shape[1] < 16
-
-
-def _deepened_input(
-    input: Tensor, output_shape: Sequence[int], weight: Tensor, extents: Extents
-) -> Tensor:
-    """What a convolution with stride 1 over the deepened weight reads, padding included."""
-    taps = [-(-weight.shape[2 + axis] // extents.stride[axis]) for axis in range(2)]
-    size = [output_shape[2 + axis] + taps[axis] - 1 for axis in range(2)]
-    left, _, top, _ = extents.padding
-    return _space_to_depth(input, extents.stride, size, (top, left))
-
-
-def _deepened_weight(weight: Tensor, extents: Extents) -> Tensor:
-    size = [-(-weight.shape[2 + axis] // extents.stride[axis]) for axis in range(2)]
-    return _space_to_depth(weight, extents.stride, size, (0, 0))
-
-
-def _space_to_depth(
-    tensor: Tensor, block: tuple[int, int], size: Sequence[int], padding: tuple[int, int]
-) -> Tensor:
-    """Blocks of pixels as channels of an image of ``size``, in channels_last.
-
-    The number of channels is rounded up to a multiple of 16, for aligned loads.
-    """
-    images, channels, height, width = tensor.shape
-    depth = -(-channels * block[0] * block[1] // 16) * 16
-    result = empty((images, depth, *size), tensor, channels_last=True)
-    blocks = config.pointwise(result, depth)
-    launch(
-        device_code("conv").space_to_depth,
-        blocks.programs(result.numel()),
-        tensor,
-        result,
-        result.numel(),
-        channels,
-        height,
-        width,
-        *size,
-        *padding,
-        *tensor.stride(),
-        BLOCK_H=block[0],
-        BLOCK_W=block[1],
-        DEPTH=depth,
-        BLOCK=blocks.rows,
-        VECTOR=blocks.vector,
-        num_warps=blocks.num_warps,
-    )
-    return result
-
-
-def _shallow(deep: Tensor, like: Tensor, block: tuple[int, int]) -> Tensor:
-    """What :func:`_space_to_depth` made ``deep`` of, of the shape and in the layout of ``like``."""
-    channels, height, width = like.shape[1:]
-    parts = deep[:, : channels * block[0] * block[1]].unflatten(1, (channels, *block))
-    image = parts.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)[..., :height, :width]
-    return torch.empty_like(like).copy_(image)
-
-
-def split_sum(
-    tensor: Tensor, programs: int, length: int, block: int, least_steps: int = 8
-) -> tuple[int, int]:
-    """Number of partial sums and length of each, a multiple of ``block``."""
-    wanted = config.splits(tensor, programs, length, block, least_steps)
-    each = -(-length // (wanted * block)) * block
-    return -(-length // each), each
-
-
-def convolution_weight_grad(
-    output_grad: Tensor, input: Tensor, weight: Tensor, extents: Extents
-) -> Tensor:
-    """The weight gradient from that before bias and ReLU, in the weight's layout."""
-    if _gains_from_depth(input, weight, extents):
-        deep = _deepened_input(input, output_grad.shape, weight, extents)
-        size = [-(-weight.shape[2 + axis] // extents.stride[axis]) for axis in range(2)]
-        grad = empty((weight.shape[0], deep.shape[1], *size), weight, channels_last=True)
-        _launch_weight_grad(output_grad, deep, grad, _UNIT)
-        return _shallow(grad, weight, extents.stride)
-    weight_grad = empty(weight.shape, weight, channels_last=is_channels_last(weight))
-    _launch_weight_grad(output_grad, input, weight_grad, extents)
-    return weight_grad
-
-
-def _launch_weight_grad(
-    output_grad: Tensor, input: Tensor, weight_grad: Tensor, extents: Extents
-) -> None:
-    """Write the weight gradient, in whatever dense layout ``weight_grad`` has."""
-    geometry = _Geometry.of(weight_grad, extents)
-    images, _, height, width = output_grad.shape
-    pixels = images * height * width
-    sizes = extents.groups, geometry.GROUP_IN, geometry.GROUP_OUT, geometry.products, pixels
-    tile = config.matmul(input, *sizes, summed=True)
-    tiles = -(-geometry.GROUP_OUT // tile.block_m) * -(-geometry.products // tile.block_n)
-    programs = tiles * extents.groups
-    splits, pixels_per_split = split_sum(output_grad, programs, pixels, tile.block_k)
-    partial = weight_grad
-    if splits > 1:
-        partial = empty((splits, weight_grad.numel()), weight_grad, torch.float32)
-    launch(
-        device_code("conv").conv2d_weight_grad,
-        (programs, splits),
-        output_grad,
-        input,
-        partial,
-        images,
-        *input.shape[2:],
-        height,
-        width,
-        extents.padding[2],
-        extents.padding[0],
-        pixels_per_split,
-        weight_grad.numel(),
-        *output_grad.stride(),
-        *input.stride(),
-        *weight_grad.stride(),
-        **asdict(geometry),
-        PADDED=extents.padded,
-        **_matmul_constants(input, tile),
-    )
-    if splits > 1:
-        sum_partials(partial, weight_grad)
 
 
 def _epilogue_backward(
@@ -587,18 +248,3 @@ def _epilogue_backward(
     bias_grad = empty((channels,), output_grad)
     sum_partials(partial, bias_grad)
     return masked, bias_grad
-
-
-def sum_partials(partial: Tensor, result: Tensor) -> None:
-    """Write the sum of ``partial``, float32 [splits, *], over its splits into ``result``."""
-    blocks = config.pointwise(result, 1)
-    launch(
-        device_code("conv").sum_partials,
-        blocks.programs(result.numel()),
-        partial,
-        result,
-        result.numel(),
-        partial.shape[0],
-        BLOCK=blocks.block,
-        num_warps=blocks.num_warps,
-    )

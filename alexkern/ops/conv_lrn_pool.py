@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from alexkern import reference
-from alexkern.ops import conv
+from alexkern.ops import conv, conv_passes
 from alexkern.ops.lrn import Normalisation, checked_normalisation
 from alexkern.ops.lrn_pool import (
     fits_one_pass,
@@ -112,7 +112,7 @@ def conv2d_bias_relu_lrn_max_pool2d(
 class _Plan(NamedTuple):
     """``kernels``: the convolution is this project's; ``save``: there will be a backward."""
 
-    extents: conv.Extents
+    extents: conv_passes.Extents
     normalisation: Normalisation
     windows: Windows
     channels_last: bool
@@ -127,7 +127,7 @@ class _Conv2dBiasReLULRNMaxPool2d(Function):
     ) -> Tensor:
         if plan.kernels:
             weight = dense(weight)
-            activation = conv.convolve(input, weight, bias, plan.extents, relu=True)
+            activation = conv_passes.convolve(input, weight, bias, plan.extents, relu=True)
         else:
             activation = reference.conv2d_bias_relu(input, weight, bias, *plan.extents, "relu")
             activation = dense_as(activation, plan.channels_last)
@@ -158,9 +158,9 @@ class _Conv2dBiasReLULRNMaxPool2d(Function):
             )  # fmt: skip
             return input_grad, weight_grad, bias_grad, None
         if needs_input:
-            input_grad = conv.convolution_input_grad(
+            input_grad = conv_passes.convolution_input_grad(
                 grad, weight, input.shape, plan.extents, plan.channels_last
             )
         if needs_weight:
-            weight_grad = conv.convolution_weight_grad(grad, input, weight, plan.extents)
+            weight_grad = conv_passes.convolution_weight_grad(grad, input, weight, plan.extents)
         return input_grad, weight_grad, bias_grad, None

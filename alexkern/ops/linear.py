@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from alexkern import reference
 from alexkern.ops.arguments import autocast, check_dtypes
-from alexkern.ops.conv import split_sum, sum_partials
+from alexkern.ops.conv_passes import split_sum, sum_partials
 from alexkern.ops.dropout import check_arguments, check_floating_point, draw_seed, kept_scale
 from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton

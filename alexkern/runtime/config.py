@@ -154,13 +154,17 @@ def chunks_of_channels(tensor: Tensor, chunks: int, positions: int) -> ChunkConf
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """Tile sizes of an implicit matrix product."""
+    """Tile sizes of an implicit matrix product.
+
+    ``boxes``: operands are loaded by tensor descriptors, a tile's pixels from many images.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    boxes: bool = False
 
 
 # By the size of an element: shapes whose accumulators fit the registers and whose stages fit

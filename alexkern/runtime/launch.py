@@ -79,6 +79,25 @@ def empty(
     return result
 
 
+def tensor_descriptor(tensor: Tensor, block: Sequence[int]) -> Any:
+    """A tensor for a kernel that loads boxes of ``block`` elements, zeros where it ends.
+
+    Raises:
+        RuntimeError: its innermost dimension is not dense, or rows are not aligned to 16 bytes.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    try:
+        return TensorDescriptor.from_tensor(tensor, list(block))
+    except AssertionError as error:
+        raise RuntimeError(f"no boxes in a tensor of strides {tensor.stride()}: {error}") from None
+
+
+def underlying(argument: Any) -> Any:
+    """The tensor of a descriptor; any other argument as it is."""
+    return argument.base if hasattr(argument, "block_shape") else argument
+
+
 def device_code(stem: str) -> ModuleType:
     """The module ``kernels/<stem>.py``, imported (and triton with it) when first needed."""
     return import_module(f"alexkern.kernels.{stem}")
@@ -112,7 +131,7 @@ def launch(
     """
     if 0 in grid:
         return
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    tensors = [tensor for tensor in map(underlying, arguments) if isinstance(tensor, Tensor)]
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:

@@ -18,6 +18,7 @@ from numerics import (
 
 import alexkern
 from alexkern import ops
+from alexkern.runtime import config
 from alexkern.runtime.config import shipped_configurations
 from alexkern.runtime.launch import record_launches
 
@@ -156,6 +157,45 @@ def test_shipped_configurations(randn, triton, launches, dtype, input_shape, wei
     assert grids["conv2d_weight_grad"][1] > 1
     if layout == "channels_last" or input_shape[2] == 64:
         assert grids["conv2d_epilogue_backward"][1] > 1
+
+
+BOXES = {
+    "one pixel of all images": (16, {"padding": 1}),
+    "two pixels, more images than a box": (32, {"padding": (2, 1, 1, 2), "dilation": (1, 2)}),
+    "four pixels, groups": (64, {"padding": 2, "groups": 2, "dilation": (2, 1)}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", BOXES)
+def test_boxes(randn, triton, launches, case, dtype):
+    """Operands loaded by tensor descriptors, one pixel's taps left out where they lie outside."""
+    block_m, keys = BOXES[case]
+    shapes = (13, 64, 5, 6), (96, 64 // keys.get("groups", 1), 3, 3)
+    tensors = operands(randn, *shapes, dtype, "channels_last")
+    with config.forced(config.MatmulConfig(block_m, 32, 16, 4, 2, boxes=True)):
+        check_conv(*tensors, **keys)
+    assert [made.kernel.fn.__name__ for made in launches].count("conv2d_boxes") == 2
+
+
+def test_weight_gradient_by_boxes_of_a_strided_convolution(randn, triton):
+    input, weight, bias = operands(randn, (9, 32, 8, 7), (48, 32, 3, 2), layout="channels_last")
+    weight.requires_grad_()
+    with config.forced(config.MatmulConfig(32, 16, 16, 4, 2)):
+        output = ops.conv2d_bias_relu(input, weight, bias, (3, 2), 1)
+    with config.forced(config.MatmulConfig(32, 16, 16, 4, 2, boxes=True)):
+        output.sum().backward()
+    exact = input.double(), weight.detach().double().requires_grad_(), bias.double()
+    F.conv2d(*exact, (3, 2), 1).relu().sum().backward()
+    assert (weight.grad - exact[1].grad).abs().max() < 1e-5 * exact[1].grad.abs().max()
+
+
+def test_boxes_refuse_what_they_do_not_fit(randn, triton):
+    boxes = config.MatmulConfig(16, 16, 16, 4, 2, boxes=True)
+    for channels, layout, stride in ((8, "channels_last", 1), (16, "nchw", 1), (16, LAYOUTS[1], 2)):
+        tensors = operands(randn, (2, channels, 6, 5), (16, channels, 3, 3), layout=layout)
+        with config.forced(boxes), pytest.raises(RuntimeError, match="boxes"):
+            ops.conv2d_bias_relu(*tensors, stride=stride)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
