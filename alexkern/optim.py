@@ -169,7 +169,7 @@ class KrizhevskySGD(Optimizer):
         for index, group in enumerate(self.param_groups):
             for kind, updates in self._updates(group).items():
                 first, rule = updates[0], self._rule(group, kind.device)
-                if kind.plain and runs_triton("sgd", first.parameter, first.gradient):
+                if kind.plain and runs_triton(first.parameter, first.gradient):
                     self._launch((index, kind), updates, rule)
                 else:
                     _run_reference(updates, rule)

@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is first imported
 
 import alexkern
+from alexkern.ops import conv_passes
+from alexkern.runtime import dispatch
 from alexkern.runtime.launch import Launch, empty, launch, poisoned_allocations
 
 STEMS = ("augment", "conv", "conv_passes", "dropout", "linear", "lrn", "lrn_pool", "pool")
@@ -58,6 +60,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def triton() -> Iterator[None]:
     with alexkern.use_backend("triton"):
         yield
+
+
+@pytest.fixture
+def vendor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions as `auto` computes them on a GPU where nothing was measured."""
+
+    def choose(problem: dispatch.Convolution, **_: Any) -> dispatch.Choice:
+        return dispatch.choose(problem, torch.device("cpu"), "auto")
+
+    monkeypatch.setattr(conv_passes, "chooser", lambda tensor: choose)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from alexkern import reference
+from alexkern.ops import conv_passes
 from alexkern.ops.arguments import autocast, check_dtypes, pair
 from alexkern.ops.conv_passes import (
     Extents,
@@ -70,7 +71,7 @@ def conv2d_bias_relu(
     if activation not in ("relu", "none"):
         raise ValueError(f"activation must be 'relu' or 'none', got {activation!r}")
     input, weight, bias, extents = checked(input, weight, bias, stride, padding, dilation, groups)
-    if input.numel() == 0 or not runs_triton("conv", input):
+    if input.numel() == 0 or not runs_triton(input):
         return reference.conv2d_bias_relu(input, weight, bias, *extents, activation)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     output: Tensor = _Conv2dBiasReLU.apply(batch, weight, bias, extents, activation == "relu")
@@ -180,7 +181,8 @@ class _Conv2dBiasReLU(Function):
         relu: bool,
     ) -> Tensor:
         input, weight = dense(input), dense(weight)
-        output = convolve(input, weight, bias, extents, relu)
+        ctx.choose = conv_passes.chooser(input)
+        output = convolve(input, weight, bias, extents, relu, ctx.choose)
         needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
             input if needs_weight else None,
@@ -201,10 +203,12 @@ class _Conv2dBiasReLU(Function):
         input_grad = weight_grad = None
         if needs_input:
             input_grad = convolution_input_grad(
-                output_grad, weight, ctx.input_shape, ctx.extents, ctx.channels_last
+                output_grad, weight, ctx.input_shape, ctx.extents, ctx.choose
             )
         if needs_weight:
-            weight_grad = convolution_weight_grad(output_grad, input, weight, ctx.extents)
+            weight_grad = convolution_weight_grad(
+                output_grad, input, weight, ctx.extents, ctx.choose
+            )
         return input_grad, weight_grad, bias_grad, None, None
 
 

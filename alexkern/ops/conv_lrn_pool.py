@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from alexkern import reference
 from alexkern.ops import conv, conv_passes
 from alexkern.ops.lrn import Normalisation, checked_normalisation
 from alexkern.ops.lrn_pool import (
@@ -20,7 +18,7 @@ from alexkern.ops.lrn_pool import (
 )
 from alexkern.ops.pool import Windows, checked_windows
 from alexkern.runtime.backend import runs_triton
-from alexkern.runtime.layout import dense, dense_as, is_channels_last
+from alexkern.runtime.layout import dense, is_channels_last
 
 
 def conv2d_bias_relu_lrn_max_pool2d(
@@ -92,31 +90,26 @@ def conv2d_bias_relu_lrn_max_pool2d(
     norm["groups"] = norm_groups
     windows = checked_windows(shape, *pool)
     normalisation = checked_normalisation(shape, size, **norm)
-    kernels = runs_triton("conv", batch)
-    channels_last = is_channels_last(batch) or (not kernels and is_channels_last(weight))
+    channels_last = is_channels_last(batch)
     one_pass = fits_one_pass(shape, channels_last, normalisation, windows)
-    if batch.numel() == 0 or not one_pass or not runs_triton("lrn_pool", batch):
+    if batch.numel() == 0 or not one_pass or not runs_triton(batch):
         activation = conv.conv2d_bias_relu(batch, weight, bias, *extents)
         output = lrn_max_pool2d(activation, size, *pool, **norm)
     else:
-        left, right, top, bottom = extents.padding
-        if not kernels and (left, top) != (right, bottom):  # the vendor's gradients know no such
-            batch, extents = F.pad(batch, extents.padding), extents._replace(padding=(0, 0, 0, 0))
         operands = [batch, weight] if bias is None else [batch, weight, bias]
         save = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
-        plan = _Plan(extents, normalisation, windows, channels_last, kernels, save)
+        plan = _Plan(extents, normalisation, windows, conv_passes.chooser(batch), save)
         output = _Conv2dBiasReLULRNMaxPool2d.apply(batch, weight, bias, plan)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
 class _Plan(NamedTuple):
-    """``kernels``: the convolution is this project's; ``save``: there will be a backward."""
+    """``save``: there will be a backward."""
 
     extents: conv_passes.Extents
     normalisation: Normalisation
     windows: Windows
-    channels_last: bool
-    kernels: bool
+    choose: conv_passes.Chooser
     save: bool
 
 
@@ -125,16 +118,18 @@ class _Conv2dBiasReLULRNMaxPool2d(Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan
     ) -> Tensor:
-        if plan.kernels:
-            weight = dense(weight)
-            activation = conv_passes.convolve(input, weight, bias, plan.extents, relu=True)
-        else:
-            activation = reference.conv2d_bias_relu(input, weight, bias, *plan.extents, "relu")
-            activation = dense_as(activation, plan.channels_last)
+        weight = dense(weight)
+        activation = conv_passes.convolve(input, weight, bias, plan.extents, True, plan.choose)
         output, code = normalise_and_pool(activation, plan.normalisation, plan.windows, plan.save)
         if plan.save:
-            ctx.save_for_backward(input, weight, activation, code)
-            ctx.plan = plan
+            needs_input, needs_weight = ctx.needs_input_grad[:2]
+            ctx.save_for_backward(
+                input if needs_weight else None,
+                weight if needs_input or needs_weight else None,
+                activation,
+                code,
+            )
+            ctx.plan, ctx.input_shape = plan, input.shape
         return output
 
     @staticmethod
@@ -150,17 +145,12 @@ class _Conv2dBiasReLULRNMaxPool2d(Function):
         if bias_grad is not None:
             bias_grad = bias_grad.to(grad.dtype)
         input_grad = weight_grad = None
-        if not plan.kernels:
-            stride, (left, _, top, _), dilation, groups = plan.extents
-            input_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
-                grad, input, weight, None, stride, (top, left), dilation, False, (0, 0), groups,
-                (needs_input, needs_weight, False),
-            )  # fmt: skip
-            return input_grad, weight_grad, bias_grad, None
         if needs_input:
             input_grad = conv_passes.convolution_input_grad(
-                grad, weight, input.shape, plan.extents, plan.channels_last
+                grad, weight, ctx.input_shape, plan.extents, plan.choose
             )
         if needs_weight:
-            weight_grad = conv_passes.convolution_weight_grad(grad, input, weight, plan.extents)
+            weight_grad = conv_passes.convolution_weight_grad(
+                grad, input, weight, plan.extents, plan.choose
+            )
         return input_grad, weight_grad, bias_grad, None

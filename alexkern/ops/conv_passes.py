@@ -1,16 +1,23 @@
 """The three passes of a convolution, and partial sums: what conv.py and its fused layers launch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alexkern.runtime import config
+from alexkern.runtime import config, dispatch, vendor
+from alexkern.runtime.backend import current_backend
 from alexkern.runtime.launch import device_code, empty, interpreted, launch, tensor_descriptor
-from alexkern.runtime.layout import convolution_fp32_precision, dense_as, is_channels_last
+from alexkern.runtime.layout import (
+    convolution_fp32_precision,
+    dense_as,
+    is_channels_last,
+    outer_channels_inner,
+)
 
 
 class Extents(NamedTuple):
@@ -78,26 +85,76 @@ class _Geometry:
         return self.KERNEL_H * self.KERNEL_W * self.GROUP_IN
 
 
+Chooser = Callable[[dispatch.Convolution], dispatch.Choice]
+
+
+def chooser(tensor: Tensor) -> Chooser:
+    """What chooses on a tensor's device under the backend in force, also on other threads."""
+    return partial(dispatch.choose, device=tensor.device, backend=current_backend())
+
+
+def _problem(
+    direction: str, like: Tensor, input_shape: Sequence[int], weight: Tensor, extents: Extents
+) -> dispatch.Convolution:
+    dtype = str(like.dtype).removeprefix("torch.")
+    if dtype == "float32" and convolution_fp32_precision() == "tf32":
+        dtype = "tf32"
+    layout = is_channels_last(like)
+    return dispatch.Convolution(
+        direction, dtype, layout, tuple(input_shape), tuple(weight.shape), *extents
+    )
+
+
 def convolve(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     extents: Extents,
     relu: bool,
+    choose: Chooser,
 ) -> Tensor:
     """The output for dense operands, in the input's layout."""
     bias = None if bias is None else bias.contiguous()
+    choice = choose(_problem("forward", input, input.shape, weight, extents))
+    if choice.vendor:
+        output = vendor.convolve(input, weight, extents, choice.vendor)
+        _finish(output, bias, relu)
+        return output
     shape = (input.shape[0], weight.shape[0], *extents.output_size(input, weight))
     output = empty(shape, input, channels_last=is_channels_last(input))
-    if _gains_from_depth(input, weight, extents):
+    if _gains_from_depth(weight, extents):
         input = _deepened_input(input, shape, weight, extents)
         weight, extents = _deepened_weight(weight, extents), _UNIT
     if is_channels_last(input):
         weight = dense_as(weight, channels_last=True)  # neighbours in products and in memory
     geometry = _Geometry.of(weight, extents)
     padding = extents.padding[2], extents.padding[0]
-    _launch_conv2d(input, weight, bias, output, geometry, padding, extents.padded, relu)
+    _launch_conv2d(
+        input, weight, bias, output, geometry, padding, extents.padded, relu, choice.tile
+    )
     return output
+
+
+def _finish(output: Tensor, bias: Tensor | None, relu: bool) -> None:
+    """Add the bias to a convolution and apply the ReLU, in place."""
+    if bias is None and not relu:
+        return
+    _, channels, inner = outer_channels_inner(output)
+    blocks = config.pointwise(output, channels if inner == 1 else inner)
+    launch(
+        device_code("conv").conv2d_epilogue,
+        blocks.programs(output.numel()),
+        output,
+        output if bias is None else bias,
+        output.numel(),
+        inner,
+        CHANNELS=channels,
+        HAS_BIAS=bias is not None,
+        RELU=relu,
+        BLOCK=blocks.rows,
+        VECTOR=blocks.vector,
+        num_warps=blocks.num_warps,
+    )
 
 
 def convolution_input_grad(
@@ -105,13 +162,17 @@ def convolution_input_grad(
     weight: Tensor,
     input_shape: Sequence[int],
     extents: Extents,
-    channels_last: bool,
+    choose: Chooser,
 ) -> Tensor:
-    """The input gradient from that before bias and ReLU.
+    """The input gradient from that before bias and ReLU, in the layout of that.
 
     Pixels that leave the same rest when divided by the stride are reached by the same taps, every
     so many: for these it is a convolution of the output gradient with stride 1.
     """
+    choice = choose(_problem("input_grad", output_grad, input_shape, weight, extents))
+    channels_last = is_channels_last(output_grad)
+    if choice.vendor:
+        return vendor.input_grad(output_grad, weight, input_shape, extents, choice.vendor)
     input_grad = empty(input_shape, output_grad, channels_last=channels_last)
     if channels_last:
         weight = dense_as(weight, channels_last=True)
@@ -137,7 +198,9 @@ def convolution_input_grad(
                 DILATION_W=columns.dilation,
             )
             padding = rows.padding, columns.padding
-            _launch_conv2d(output_grad, reaching, None, part, geometry, padding, True, False)
+            _launch_conv2d(
+                output_grad, reaching, None, part, geometry, padding, True, False, choice.tile
+            )
     return input_grad
 
 
@@ -181,6 +244,7 @@ def _launch_conv2d(
     padding: tuple[int, int],
     padded: bool,
     relu: bool,
+    tile: config.MatmulConfig | None,
 ) -> None:
     """Write the convolution of ``source`` into ``result``.
 
@@ -191,7 +255,7 @@ def _launch_conv2d(
     if weight.dim() == 4:
         weight = weight.unflatten(0, (groups, geometry.GROUP_OUT))
     sizes = groups, geometry.GROUP_IN, pixels, geometry.GROUP_OUT, geometry.products
-    tile = config.matmul(source, *sizes, summed=False)
+    tile = tile or config.matmul(source, *sizes, summed=False)
     if tile.boxes:
         _launch_boxes(source, weight, bias, result, geometry, padding, relu, tile)
         return
@@ -295,7 +359,7 @@ def _blocks(tile: config.MatmulConfig) -> dict[str, int]:
 _UNIT = Extents((1, 1), (0, 0, 0, 0), (1, 1), 1)
 
 
-def _gains_from_depth(input: Tensor, weight: Tensor, extents: Extents) -> bool:
+def _gains_from_depth(weight: Tensor, extents: Extents) -> bool:
     """Whether to trade the stride for channels: where these are too few for 16-byte loads."""
     strided = min(extents.stride) > 1 and extents.dilation == (1, 1)
     return strided and extents.groups == 1 and weight.shape[1] % 8 != 0 and weight.shape[1] < 16
@@ -358,29 +422,36 @@ def _shallow(deep: Tensor, like: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def convolution_weight_grad(
-    output_grad: Tensor, input: Tensor, weight: Tensor, extents: Extents
+    output_grad: Tensor, input: Tensor, weight: Tensor, extents: Extents, choose: Chooser
 ) -> Tensor:
     """The weight gradient from that before bias and ReLU, in the weight's layout."""
-    if _gains_from_depth(input, weight, extents):
+    choice = choose(_problem("weight_grad", output_grad, input.shape, weight, extents))
+    if choice.vendor:
+        return vendor.weight_grad(output_grad, input, weight, extents, choice.vendor)
+    if _gains_from_depth(weight, extents):
         deep = _deepened_input(input, output_grad.shape, weight, extents)
         size = [-(-weight.shape[2 + axis] // extents.stride[axis]) for axis in range(2)]
         grad = empty((weight.shape[0], deep.shape[1], *size), weight, channels_last=True)
-        _launch_weight_grad(output_grad, deep, grad, _UNIT)
+        _launch_weight_grad(output_grad, deep, grad, _UNIT, choice.tile)
         return _shallow(grad, weight, extents.stride)
     weight_grad = empty(weight.shape, weight, channels_last=is_channels_last(weight))
-    _launch_weight_grad(output_grad, input, weight_grad, extents)
+    _launch_weight_grad(output_grad, input, weight_grad, extents, choice.tile)
     return weight_grad
 
 
 def _launch_weight_grad(
-    output_grad: Tensor, input: Tensor, weight_grad: Tensor, extents: Extents
+    output_grad: Tensor,
+    input: Tensor,
+    weight_grad: Tensor,
+    extents: Extents,
+    tile: config.MatmulConfig | None,
 ) -> None:
     """Write the weight gradient, in whatever dense layout ``weight_grad`` has."""
     geometry = _Geometry.of(weight_grad, extents)
     images, _, height, width = output_grad.shape
     pixels = images * height * width
     sizes = extents.groups, geometry.GROUP_IN, geometry.GROUP_OUT, geometry.products, pixels
-    tile = config.matmul(input, *sizes, summed=True)
+    tile = tile or config.matmul(input, *sizes, summed=True)
     programs = extents.groups * -(-geometry.GROUP_OUT // tile.block_m)
     if tile.boxes:  # each of one tap
         taps = geometry.KERNEL_H * geometry.KERNEL_W

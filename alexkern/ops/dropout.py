@@ -68,7 +68,7 @@ def dropout(
 
     if seed is None:
         seed = draw_seed(input.device)
-    if runs_triton("dropout", input):
+    if runs_triton(input):
         threshold = reference.dropout_threshold(p)
         output = _Dropout.apply(input, seed, threshold, scale, index_offset, row_stride)
     else:

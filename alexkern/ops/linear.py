@@ -85,7 +85,7 @@ def linear_bias_relu_dropout(
     else:
         seed = None  # nothing is dropped
     only_product = seed is None and scale == 1.0 and activation == "none"
-    if only_product or prod(shape) == 0 or not runs_triton("linear", input):
+    if only_product or prod(shape) == 0 or not runs_triton(input):
         return reference.linear_bias_relu_dropout(
             input, weight, bias, activation, p, scale, seed, index_offset, row_stride
         )

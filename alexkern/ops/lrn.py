@@ -60,7 +60,7 @@ def local_response_norm(
     normalisation = checked_normalisation(input.shape, size, alpha, beta, k, alpha_mode, groups)
     if input.numel() == 0:
         return input
-    if not normalisation.fits_kernels(input.shape[1]) or not runs_triton("lrn", input):
+    if not normalisation.fits_kernels(input.shape[1]) or not runs_triton(input):
         return reference.local_response_norm(input, *normalisation)
     output: Tensor = _LocalResponseNorm.apply(input, normalisation)
     return output

@@ -76,7 +76,7 @@ def lrn_max_pool2d(
     windows = checked_windows(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     normalisation = checked_normalisation(batch.shape, size, alpha, beta, k, alpha_mode, groups)
-    if input.numel() == 0 or not runs_triton("lrn_pool", input):
+    if input.numel() == 0 or not runs_triton(input):
         output = reference.lrn_max_pool2d(batch, *normalisation, *windows[:4], ceil_mode)
         return output if input.dim() == 4 else output.squeeze(0)
     batch = dense(batch)

@@ -58,7 +58,7 @@ def max_pool2d(
         TypeError: an extent is not an int.
     """
     windows = checked_windows(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
-    if input.numel() == 0 or not runs_triton("pool", input):
+    if input.numel() == 0 or not runs_triton(input):
         return reference.max_pool2d(input, *windows[:4], ceil_mode, return_indices)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     save_code = torch.is_grad_enabled() and input.requires_grad

@@ -13,20 +13,6 @@ BACKENDS = ("auto", "triton", "torch")
 
 _selected: ContextVar[str | None] = ContextVar("alexkern_backend", default=None)
 
-# What `auto` takes on a GPU. No timing on a GPU is on record yet: these follow from the bytes
-# that each side moves, and an unmeasured convolution gets the vendor's. The matrix products of
-# `linear` are the vendor's in any case.
-_AUTO_ON_GPU = {
-    "augment": "triton",
-    "conv": "torch",
-    "dropout": "triton",
-    "linear": "triton",
-    "lrn": "triton",
-    "lrn_pool": "triton",
-    "pool": "triton",
-    "sgd": "triton",
-}
-
 
 def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
@@ -41,7 +27,8 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: ``"triton"`` always runs this project's kernels (CPU tensors through Triton's
             interpreter), ``"torch"`` always runs the plain PyTorch reference, ``"auto"``
-            chooses per op: on a GPU by what is known to be faster, on a CPU the reference.
+            takes the reference on a CPU and the kernels on a GPU, where each pass of a
+            convolution goes to whatever :mod:`alexkern.runtime.dispatch` knows to be fastest.
 
     Raises:
         ValueError: unknown name.
@@ -64,8 +51,8 @@ def current_backend() -> str:
     return _checked(os.environ.get("ALEXKERN_KERNELS", "auto"), "ALEXKERN_KERNELS")
 
 
-def runs_triton(op: str, *tensors: "torch.Tensor | None") -> bool:
-    """Whether ``op`` (a stem such as ``"lrn"``) runs Triton kernels on these tensors.
+def runs_triton(*tensors: "torch.Tensor | None") -> bool:
+    """Whether an op runs Triton kernels on these tensors.
 
     Only float32, float16 and bfloat16 have kernels; other dtypes run the reference.
     """
@@ -78,4 +65,4 @@ def runs_triton(op: str, *tensors: "torch.Tensor | None") -> bool:
     supported = (torch.float32, torch.float16, torch.bfloat16)
     if any(tensor.dtype not in supported for tensor in given):
         return False
-    return backend == "triton" or (given[0].is_cuda and _AUTO_ON_GPU[op] == "triton")
+    return backend == "triton" or given[0].is_cuda

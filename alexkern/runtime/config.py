@@ -7,7 +7,7 @@ element, so it gets larger blocks, unless a test asks for the shipped ones.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -165,6 +165,23 @@ class MatmulConfig:
     num_warps: int
     num_stages: int
     boxes: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its numbers in the order of the fields, as in ``128-64-32-4-3`` or ``...-boxes``."""
+        *numbers, boxes = astuple(self)
+        return "-".join([*map(str, numbers), *(["boxes"] if boxes else [])])
+
+    @classmethod
+    def parse(cls, name: str) -> "MatmulConfig":
+        """The inverse of ``name``.
+
+        Raises:
+            ValueError: Another text.
+        """
+        numbers, dash, _ = name.partition("-boxes")
+        block_m, block_n, block_k, num_warps, num_stages = map(int, numbers.split("-"))
+        return cls(block_m, block_n, block_k, num_warps, num_stages, bool(dash))
 
 
 # By the size of an element: shapes whose accumulators fit the registers and whose stages fit

@@ -92,6 +92,17 @@ def test_geometry(randn, backend, geometry, dtype):
     check_conv(*operands(randn, input_shape, weight_shape, dtype), **keys)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("geometry", ["primes", "four sides", "groups", "no activation"])
+def test_the_vendors_products_with_our_bias_and_relu(
+    randn, triton, vendor, launches, geometry, layout
+):
+    input_shape, weight_shape, keys = GEOMETRIES[geometry]
+    check_conv(*operands(randn, input_shape, weight_shape, layout=layout), **keys)
+    names = [made.kernel.fn.__name__ for made in launches]
+    assert names == ["conv2d_epilogue", "conv2d_epilogue_backward", "sum_partials"]
+
+
 @pytest.mark.parametrize("geometry", ["primes", "four sides", "groups", "depthwise"])
 def test_geometry_channels_last_without_bias(randn, backend, geometry):
     input_shape, weight_shape, keys = GEOMETRIES[geometry]

@@ -1,0 +1,104 @@
+"""The vendor's convolutions (cuDNN's on a GPU), without bias and ReLU, in four variants.
+
+``nchw`` and ``channels_last`` say in which layout the vendor works: operands in the other one are
+copied, and so is the result. ``..._split`` makes one plain convolution per group, of contiguous
+parts. Results come in the layout of what was given.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexkern.runtime.layout import dense_as, is_channels_last
+
+VARIANTS = ("nchw", "channels_last", "nchw_split", "channels_last_split")
+
+# stride, padding (left, right, top, bottom), dilation, groups
+Extents = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]
+
+
+def convolve(input: Tensor, weight: Tensor, extents: Extents, variant: str) -> Tensor:
+    """``conv2d(input, weight)``, [N, C_out, H_out, W_out] in the input's layout."""
+    _, (left, right, top, bottom), _, groups = extents
+    if (left, top) != (right, bottom):
+        input = F.pad(input, (left, right, top, bottom))
+    parts, layout = _parts(variant, groups)
+    outputs = [
+        torch.ops.aten.convolution(x, w, None, *_geometry(extents, groups // parts))
+        for x, w in zip(_cut(input, 1, parts, layout), _cut(weight, 0, parts, layout), strict=True)
+    ]
+    return dense_as(_join(outputs, 1), is_channels_last(input))
+
+
+def input_grad(
+    output_grad: Tensor, weight: Tensor, input_shape: Sequence[int], extents: Extents, variant: str
+) -> Tensor:
+    """The gradient of :func:`convolve`'s input, in the layout of ``output_grad``."""
+    _, (left, right, top, bottom), _, groups = extents
+    shape = list(input_shape)
+    if (left, top) != (right, bottom):
+        shape = [*shape[:2], shape[2] + top + bottom, shape[3] + left + right]
+    parts, layout = _parts(variant, groups)
+    unread = output_grad.new_empty(shape)  # nobody needs its values
+    gradients = [
+        torch.ops.aten.convolution_backward(
+            g, x, w, None, *_geometry(extents, groups // parts), (True, False, False)
+        )[0]
+        for g, x, w in zip(
+            _cut(output_grad, 1, parts, layout),
+            _cut(unread, 1, parts, layout),
+            _cut(weight, 0, parts, layout),
+            strict=True,
+        )
+    ]
+    gradient = _join(gradients, 1)
+    if (left, top) != (right, bottom):
+        gradient = gradient[:, :, top : top + input_shape[2], left : left + input_shape[3]]
+    return dense_as(gradient, is_channels_last(output_grad))
+
+
+def weight_grad(
+    output_grad: Tensor, input: Tensor, weight: Tensor, extents: Extents, variant: str
+) -> Tensor:
+    """The gradient of :func:`convolve`'s weight, in the weight's layout."""
+    _, (left, right, top, bottom), _, groups = extents
+    if (left, top) != (right, bottom):
+        input = F.pad(input, (left, right, top, bottom))
+    parts, layout = _parts(variant, groups)
+    gradients = [
+        torch.ops.aten.convolution_backward(
+            g, x, w, None, *_geometry(extents, groups // parts), (False, True, False)
+        )[1]
+        for g, x, w in zip(
+            _cut(output_grad, 1, parts, layout),
+            _cut(input, 1, parts, layout),
+            _cut(weight, 0, parts, layout),
+            strict=True,
+        )
+    ]
+    return dense_as(_join(gradients, 0), is_channels_last(weight))
+
+
+def _parts(variant: str, groups: int) -> tuple[int, bool]:
+    """How many convolutions to make, and whether in channels_last."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    return groups if variant.endswith("_split") else 1, variant.startswith("channels_last")
+
+
+def _geometry(extents: Extents, groups: int) -> tuple[object, ...]:
+    """The arguments of torch's convolution; padding that differs by side was added before."""
+    stride, (left, right, top, bottom), dilation, _ = extents
+    padding = (top, left) if (left, top) == (right, bottom) else (0, 0)
+    return stride, padding, dilation, False, (0, 0), groups
+
+
+def _cut(tensor: Tensor, dimension: int, parts: int, channels_last: bool) -> list[Tensor]:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return [part.contiguous(memory_format=layout) for part in tensor.chunk(parts, dimension)]
+
+
+def _join(parts: list[Tensor], dimension: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dimension)

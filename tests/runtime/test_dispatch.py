@@ -1,0 +1,178 @@
+"""Tables of measurements: who is chosen, and that a broken file chooses nobody."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexkern import ops, use_backend
+from alexkern.runtime import dispatch
+from alexkern.runtime.config import MatmulConfig
+from alexkern.runtime.dispatch import Candidate, Choice, Convolution, Table
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+PROBLEM = Convolution(
+    "forward", "float32", False, (2, 4, 6, 5), (3, 4, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1
+)
+TILE = MatmulConfig(32, 16, 16, 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALEXKERN_TABLES", str(tmp_path))
+    monkeypatch.setattr(dispatch, "SHIPPED", tmp_path / "shipped")
+    dispatch.reload()
+    yield tmp_path
+    dispatch.reload()
+
+
+def table(*candidates, problem=PROBLEM, **fields):
+    made = Table("cpu", dispatch.versions(), {problem: list(candidates)})
+    return dataclasses.replace(made, **fields)
+
+
+def install(made, folder):
+    dispatch.save(made, dispatch.table_path(folder, made.gpu))
+    dispatch.reload()
+
+
+MEASURED = (
+    Candidate("vendor nchw", 5.0, 0.5),
+    Candidate("vendor channels_last_split", 3.0, 0.5),
+    Candidate(f"triton {TILE.name}", 4.0, 0.5),
+    Candidate("triton", 6.0, 0.5),
+    Candidate("triton 64-64-32-4-2-boxes", 1.0, 40.0, "wrong result"),
+    Candidate("triton 128-64-32-4-2", None, None, "OutOfResources"),
+)
+
+
+def test_without_a_table_auto_takes_the_vendor_and_triton_the_heuristic():
+    last = dataclasses.replace(PROBLEM, channels_last=True)
+    assert dispatch.choose(PROBLEM, CPU, "auto") == Choice(vendor="nchw")
+    assert dispatch.choose(last, CPU, "auto") == Choice(vendor="channels_last")
+    assert dispatch.choose(PROBLEM, CPU, "triton") == Choice()
+
+
+def test_the_fastest_right_candidate_wins(folder):
+    install(table(*MEASURED), folder)
+    assert dispatch.choose(PROBLEM, CPU, "auto") == Choice(vendor="channels_last_split")
+    assert dispatch.choose(PROBLEM, CPU, "triton") == Choice(tile=TILE)
+    other = dataclasses.replace(PROBLEM, groups=2)
+    assert dispatch.choose(other, CPU, "auto") == Choice(vendor="nchw")
+
+
+def test_the_winner_is_what_runs(folder, triton, launches):
+    install(table(*MEASURED), folder)
+    ops.conv2d_bias_relu(torch.ones(PROBLEM.input), torch.ones(PROBLEM.weight), None, 1, 1)
+    assert launches[0].constants["BLOCK_M"] == 32
+    install(table(Candidate("triton 16-16-16-4-2", 1.0, 0.5)), folder)
+    ops.conv2d_bias_relu(torch.ones(PROBLEM.input), torch.ones(PROBLEM.weight), None, 1, 1)
+    assert launches[1].constants["BLOCK_M"] == 16
+
+
+def test_the_users_table_overrules_the_shipped_one(folder):
+    install(table(*MEASURED), folder / "shipped")
+    assert dispatch.choose(PROBLEM, CPU, "triton") == Choice(tile=TILE)
+    install(table(Candidate("triton", 1.0, 0.1)), folder)
+    assert dispatch.choose(PROBLEM, CPU, "triton") == Choice()
+
+
+@pytest.mark.parametrize("fields", [{"gpu": "other"}, {"versions": {"torch": "1.0"}}], ids=str)
+def test_a_table_of_something_else_does_not_count(folder, fields):
+    dispatch.save(table(*MEASURED, **fields), dispatch.table_path(folder, "cpu"))
+    assert dispatch.choose(PROBLEM, CPU, "auto") == Choice(vendor="nchw")
+
+
+def test_a_table_survives_its_file(folder):
+    path = folder / "sub" / "table.json"
+    dispatch.save(table(*MEASURED), path)
+    assert dispatch.load(path) == table(*MEASURED)
+    assert [entry.name for entry in path.parent.iterdir()] == ["table.json"]
+
+
+@pytest.mark.parametrize("fault", ["cut", "format", "field", "choice"])
+def test_a_broken_file_is_named(folder, fault):
+    install(table(*MEASURED), folder)
+    path = dispatch.table_path(folder, "cpu")
+    content = json.loads(path.read_text())
+    if fault == "format":
+        content["format"] = 99
+    elif fault == "field":
+        del content["entries"][0]["convolution"]["groups"]
+    elif fault == "choice":
+        content["entries"][0]["candidates"][0]["choice"] = "magic"
+    text = json.dumps(content)
+    path.write_text(text[:-9] if fault == "cut" else text)
+    with pytest.raises(dispatch.TableError, match=path.name):
+        dispatch.choose(PROBLEM, CPU, "auto")
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        (Choice(), "triton"),
+        (Choice("nchw_split"), "vendor nchw_split"),
+        (Choice(tile=TILE), "triton 32-16-16-4-2"),
+        (Choice(tile=dataclasses.replace(TILE, boxes=True)), "triton 32-16-16-4-2-boxes"),
+    ],
+)
+def test_choices_are_written_as_text(choice, text):
+    assert str(choice) == text
+    assert Choice.parse(text) == choice
+
+
+def test_what_is_computed_is_recorded_once_on_any_thread():
+    image = torch.randn(2, 4, 6, 5, requires_grad=True)
+    weight = torch.randn(3, 4, 3, 3, requires_grad=True)
+    with use_backend("triton"), dispatch.recorded() as problems:
+        for _ in range(2):
+            ops.conv2d_bias_relu(image, weight, None, 1, 1).sum().backward()
+    assert list(problems) == [
+        dataclasses.replace(PROBLEM, direction=name) for name in dispatch.DIRECTIONS
+    ]
+
+
+_RANK = """
+import sys, torch
+from alexkern.runtime import dispatch
+from test_dispatch import CPU, PROBLEM
+rank, port = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group(
+    "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+)
+dispatch.share_table(CPU)
+print(dispatch.choose(PROBLEM, CPU, "auto"))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_all_ranks_use_the_table_of_the_first(folder):
+    install(table(*MEASURED), folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank, tables in enumerate((folder, folder / "empty")):
+        environment = {
+            **os.environ,
+            "ALEXKERN_TABLES": str(tables),
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'runtime'}",
+        }
+        command = [sys.executable, "-c", _RANK, str(rank), port]
+        ranks.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+        )
+    outputs = [process.communicate(timeout=120)[0].strip() for process in ranks]
+    assert outputs == ["vendor channels_last_split"] * 2
+
+
+def test_sharing_without_a_run_changes_nothing():
+    dispatch.share_table(CPU)
+    assert dispatch.choose(PROBLEM, CPU, "triton") == Choice()
