@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexkern.runtime.timing import Call, operand_sets
+from alexkern.runtime.vendor import without_cudnn
 from bench import work
 from bench.conftest import Compare
 from bench.lab import Lab, Variant
 from bench.layers import CONVOLUTIONS, Convolution, tiny_convolution
-from bench.machine import DTYPES, without_cudnn
+from bench.machine import DTYPES
 from bench.record import Key
-from bench.timing import Call, operand_sets
 
 DIRECTIONS = ("forward", "input_grad", "weight_grad")
 VARIANTS = ("nchw", "channels_last", "nchw_split", "channels_last_split")

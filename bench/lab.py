@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
+from alexkern.runtime.timing import Call, Program, captured, sample, side_stream
 from bench import machine
 from bench.record import Key, Measurement, Record, save
-from bench.timing import Call, Program, captured, sample, side_stream
 from bench.work import Work
 
 

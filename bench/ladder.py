@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from alexkern import use_backend
 from alexkern.models import AlexNet, get_preset
 from alexkern.optim import KrizhevskySGD
+from alexkern.runtime.timing import Call
+from alexkern.runtime.vendor import without_cudnn
 from bench.lab import Lab, Variant
-from bench.machine import precision, without_cudnn
-from bench.timing import Call
+from bench.machine import precision
 from bench.work import fan_in
 
 NETWORKS = ("paper", "no_lrn")

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from alexkern.runtime.timing import Call, Program, sample, side_stream
 from bench.record import FORMAT, Ceilings, Clocks, Machine, Record, RecordError, Settings, load
-from bench.timing import Call, Program, sample, side_stream
 
 # tf32 is float32 under torch's switch of that name
 DTYPES = {
@@ -107,16 +107,6 @@ def _set_precision(convolution: str, matmul: str) -> None:
     torch.backends.cudnn.conv.fp32_precision = convolution  # type: ignore[attr-defined]
     # Inductor asks by the name of before, and raises if the new one was used.
     torch.set_float32_matmul_precision("high" if matmul == "tf32" else "highest")
-
-
-@contextmanager
-def without_cudnn() -> Iterator[None]:
-    """For float64 truths: nothing to search for, and not the library that is measured."""
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = True
 
 
 def tf32_allowed() -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from alexkern import use_backend
+from alexkern.runtime.timing import Call, operand_sets
+from alexkern.runtime.vendor import without_cudnn
 from bench.lab import Variant
-from bench.machine import without_cudnn
-from bench.timing import Call, operand_sets
 from bench.work import Work
 
 DIRECTIONS = ("forward", "backward")

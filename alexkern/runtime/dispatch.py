@@ -115,14 +115,14 @@ class Table:
     versions: dict[str, str]
     entries: dict[Convolution, list[Candidate]]
 
-    def best(self, problem: Convolution, triton: bool = False) -> Candidate | None:
-        """The fastest right candidate, with ``triton`` of this project's, if there is one."""
+    def best(self, problem: Convolution, who: str = "") -> Candidate | None:
+        """The fastest right candidate, or that of ``"vendor"`` or ``"triton"``; None without."""
         right = [
             candidate
             for candidate in self.entries.get(problem, [])
             if candidate.microseconds is not None
             and not candidate.failure
-            and (not triton or candidate.choice.startswith("triton"))
+            and candidate.choice.startswith(who)
         ]
         return min(right, key=lambda candidate: candidate.microseconds or 0.0, default=None)
 
@@ -281,7 +281,7 @@ def choose(problem: Convolution, device: torch.device, backend: str) -> Choice:
 @cache
 def _chosen(problem: Convolution, device: torch.device, backend: str) -> Choice:
     table = table_of(device)
-    best = table.best(problem, triton=backend == "triton") if table else None
+    best = table.best(problem, "triton" if backend == "triton" else "") if table else None
     if best:
         return Choice.parse(best.choice)
     if backend == "triton":

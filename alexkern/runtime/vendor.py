@@ -5,7 +5,8 @@ copied, and so is the result. ``..._split`` makes one plain convolution per grou
 parts. Results come in the layout of what was given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,16 @@ def weight_grad(
         )
     ]
     return dense_as(_join(gradients, 0), is_channels_last(weight))
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """For float64 truths: nothing to search for, and not the library that is measured."""
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = True
 
 
 def _parts(variant: str, groups: int) -> tuple[int, bool]:

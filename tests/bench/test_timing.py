@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, machine, report, timing
-from bench.timing import Program, operand_sets, sample
+from alexkern.runtime import timing
+from alexkern.runtime.timing import Program, operand_sets, sample
+from bench import compare, machine, report
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

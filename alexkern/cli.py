@@ -1,0 +1,131 @@
+"""The ``alexkern`` command."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from alexkern.runtime.dispatch import Candidate, Convolution, Table
+
+_DTYPES = ("bfloat16", "float16", "tf32", "float32")
+_LAYOUTS = ("channels_last", "nchw")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="alexkern", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_tune(commands.add_parser("tune", help="measure who computes convolutions fastest"))
+    options = parser.parse_args(arguments)
+    from alexkern.runtime.dispatch import TableError
+
+    try:
+        return _show(options) if options.show else _tune(options)
+    except (TableError, ValueError) as error:
+        print(f"alexkern: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time every way to compute the network's convolutions on this GPU, after a check of each, "
+        "and keep the result in a table: under --kernels auto the fastest is used from then on."
+    )
+    parser.add_argument("--show", action="store_true", help="print the tables, and measure nothing")
+    parser.add_argument("--preset", default="paper", help="network (default: %(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[128], help="images per step")
+    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["bfloat16"])
+    parser.add_argument("--layout", nargs="+", choices=_LAYOUTS, default=["channels_last"])
+    parser.add_argument(
+        "--output", type=Path, default=None, help="folder of the table (default: the user's own)"
+    )
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    from alexkern.runtime import dispatch
+    from alexkern.tuning import DeviceLostError, tune
+
+    if not torch.cuda.is_available():
+        print("alexkern: tune needs a GPU, and torch finds none", file=sys.stderr)
+        return 2
+    if min(options.batch) < 1:
+        raise ValueError(f"--batch must be positive, got {options.batch}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    problems = list(_problems(options))
+    gpu = dispatch.gpu_name(device)
+    path = dispatch.table_path(options.output or dispatch.user_folder(), gpu)
+    table = dispatch.Table(gpu, dispatch.versions(), {})
+    if path.exists() and (before := dispatch.load(path)).versions == table.versions:
+        table = before
+
+    def keep(problem: "Convolution", candidates: "list[Candidate]") -> None:
+        table.entries[problem] = candidates
+        dispatch.save(table, path)
+        print(f"{len(table.entries)}: {_line(table, problem)}", flush=True)
+
+    try:
+        tune(problems, device, keep)
+    except DeviceLostError as error:
+        print(f"alexkern: {error}; what was measured before is in {path}", file=sys.stderr)
+        return 1
+    print(f"{len(problems)} convolutions measured, in {path}")
+    return 0
+
+
+def _problems(options: argparse.Namespace) -> "Iterator[Convolution]":
+    import dataclasses
+
+    import torch
+
+    from alexkern.tuning import network_problems
+
+    for name in options.dtype:
+        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
+        for layout in options.layout:
+            for batch in options.batch:
+                channels_last = layout == "channels_last"
+                for problem in network_problems(options.preset, batch, dtype, channels_last):
+                    yield dataclasses.replace(problem, dtype=name)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from alexkern.runtime import dispatch
+
+    folders = [options.output] if options.output else [dispatch.SHIPPED, dispatch.user_folder()]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
+    if not paths:
+        print(f"No table in {' or '.join(map(str, folders))}: nothing has been measured.")
+        return 0
+    for path in paths:
+        table = dispatch.load(path)
+        versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
+        print(f"{path}: {table.gpu}, {versions}")
+        if table.versions != dispatch.versions():
+            print("not used here: measured with other versions than those installed")
+        for problem in table.entries:
+            print(_line(table, problem))
+    return 0
+
+
+def _line(table: "Table", problem: "Convolution") -> str:
+    """Who won a problem, and by how much."""
+    channels, *kernel = problem.weight[0], *problem.weight[2:]
+    what = (
+        f"{problem.direction} {list(problem.input)} -> {channels}, {kernel[0]}x{kernel[1]}, "
+        f"stride {problem.stride[0]}, groups {problem.groups}, {problem.dtype} "
+        f"{'channels_last' if problem.channels_last else 'nchw'}"
+    )
+    candidates = table.entries[problem]
+    failed = sum(bool(candidate.failure) for candidate in candidates)
+    best = [best for who in ("triton", "vendor") if (best := table.best(problem, who))]
+    shown = [f"{candidate.choice} {candidate.microseconds:.1f} us" for candidate in best]
+    if len(best) == 2:
+        ours, theirs = (candidate.microseconds or 0.0 for candidate in best)
+        shown.append(f"triton is {theirs / ours:.2f}x as fast as the vendor")
+    winner = table.best(problem)
+    name = winner.choice if winner else "nobody"
+    return f"{what}: {name} wins; {'; '.join(shown)}; {failed} of {len(candidates)} failed"

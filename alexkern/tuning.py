@@ -1,0 +1,235 @@
+"""Measure who computes a convolution fastest: see :mod:`alexkern.runtime.dispatch`.
+
+Candidates are the vendor in every variant and this project's kernels in every configuration.
+Each is checked before it may be timed, against float64 and by the rule of the tests: its largest
+and RMS error are at most twice the vendor's, plus the rounding of the largest, or RMS, value.
+They are timed side by side (:mod:`alexkern.runtime.timing`), a forward with bias and ReLU.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexkern import use_backend
+from alexkern.ops import conv_passes
+from alexkern.ops.conv_passes import Extents
+from alexkern.runtime import config, dispatch, vendor
+from alexkern.runtime.dispatch import Candidate, Choice, Convolution
+from alexkern.runtime.launch import record_launches
+from alexkern.runtime.timing import ROUNDS, Program, operand_sets, sample, side_stream
+
+_DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class DeviceLostError(Exception):
+    """An error left the GPU unusable for this process."""
+
+
+def problems_of(function: Callable[[], Any]) -> list[Convolution]:
+    """The distinct convolutions that a call computes with this project's ops, in their order."""
+    with dispatch.recorded() as problems:
+        function()
+    return list(problems)
+
+
+def tune(
+    problems: Sequence[Convolution],
+    device: torch.device,
+    keep: Callable[[Convolution, list[Candidate]], None],
+    rounds: int = ROUNDS,
+) -> None:
+    """Check and time all candidates for some convolutions.
+
+    Args:
+        problems: What to measure.
+        device: Where.
+        keep: Is given each problem's candidates as soon as they are measured.
+        rounds: Samples of each candidate.
+
+    Raises:
+        DeviceLostError: A candidate's error left the GPU unusable; what was kept before is right.
+    """
+    for problem in problems:
+        with _settings(problem), side_stream(device):
+            candidates = _measure(problem, device, rounds)
+        keep(problem, candidates)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _settings(problem: Convolution) -> Iterator[None]:
+    """The problem's precision, and the vendor's search for its own fastest algorithm."""
+    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = switch.fp32_precision, torch.backends.cudnn.benchmark
+    switch.fp32_precision = "tf32" if problem.dtype == "tf32" else "ieee"
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        switch.fp32_precision, torch.backends.cudnn.benchmark = before
+
+
+def choices(problem: Convolution, device: torch.device) -> list[Choice]:
+    """All that could compute a problem on a device; some may turn out not to."""
+    boxes = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    variants = [v for v in vendor.VARIANTS if problem.groups > 1 or not v.endswith("_split")]
+    tiles = [tile for tile in config.candidates(config.MatmulConfig) if boxes or not tile.boxes]
+    return [*(Choice(vendor=v) for v in variants), Choice(), *(Choice(tile=t) for t in tiles)]
+
+
+def _measure(problem: Convolution, device: torch.device, rounds: int) -> list[Candidate]:
+    sets = [_operands(problem, device) for _ in range(_sets(problem, device))]
+    own = Choice(vendor="channels_last" if problem.channels_last else "nchw")
+    ratio = _error_ratio(_truth(problem, sets[0]), _call(problem, sets[0], own)())
+    programs: dict[str, Program] = {}
+    found: dict[str, Candidate] = {}
+    for choice in choices(problem, device):
+        name = str(choice)
+        try:
+            calls = [_call(problem, operands, choice) for operands in sets]
+            program = Program(calls, device)
+            program.run()
+            error = ratio(program.result)
+            failure = "" if error <= 1 else "wrong result"
+            if not failure:
+                programs[name] = program
+            found[name] = Candidate(name, None, error, failure)
+        except Exception as error:
+            found[name] = Candidate(name, None, None, f"{type(error).__name__}: {error}"[:200])
+            _check_device(device)
+    for name, seconds in sample(programs, device, rounds).items():
+        microseconds = 1e6 * median(seconds)
+        found[name] = Candidate(name, microseconds, found[name].error_ratio)
+    return list(found.values())
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    try:
+        torch.randn(1, device=device)
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        raise DeviceLostError(f"the GPU is lost: {error}") from error
+
+
+def _extents(problem: Convolution) -> Extents:
+    return Extents(problem.stride, problem.padding, problem.dilation, problem.groups)
+
+
+# Input, weight, bias and output gradient
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _operands(problem: Convolution, device: torch.device) -> _Operands:
+    randn = partial(torch.randn, device=device, dtype=_DTYPES[problem.dtype])
+    layout = torch.channels_last if problem.channels_last else torch.contiguous_format
+    input = randn(problem.input).to(memory_format=layout)
+    fan_in = problem.weight[1] * problem.weight[2] * problem.weight[3]
+    weight = (randn(problem.weight) / fan_in**0.5).to(memory_format=layout)
+    size = _extents(problem).output_size(input, weight)
+    output_grad = randn(problem.input[0], problem.weight[0], *size).to(memory_format=layout)
+    return input, weight, randn(problem.weight[0]), output_grad
+
+
+def _sets(problem: Convolution, device: torch.device) -> int:
+    """Of operands, so that each call finds the L2 cache cold."""
+    if device.type != "cuda":
+        return 1
+    operands = _operands(problem, torch.device("meta"))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in operands)
+    return operand_sets(size, torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def _call(problem: Convolution, operands: _Operands, choice: Choice) -> Callable[[], Tensor]:
+    input, weight, bias, output_grad = operands
+    extents = _extents(problem)
+
+    def choose(_: Convolution) -> Choice:
+        return choice
+
+    if problem.direction == "forward":
+        return partial(conv_passes.convolve, input, weight, bias, extents, True, choose)
+    if problem.direction == "input_grad":
+        passed = output_grad, weight, input.shape, extents, choose
+        return partial(conv_passes.convolution_input_grad, *passed)
+    return partial(conv_passes.convolution_weight_grad, output_grad, input, weight, extents, choose)
+
+
+def _truth(problem: Convolution, operands: _Operands) -> Tensor:
+    """In float64, which the vendor's library does not compute."""
+    input, weight, bias, output_grad = (tensor.double() for tensor in operands)
+    stride, padding, dilation, groups = _extents(problem)
+    leaves = {"input_grad": input, "weight_grad": weight}
+    with vendor.without_cudnn(), torch.enable_grad():
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        output = F.conv2d(F.pad(input, padding), weight, None, stride, 0, dilation, groups)
+        if problem.direction == "forward":
+            return (output + bias[:, None, None]).relu().detach()
+        return torch.autograd.grad(output, leaves[problem.direction], output_grad)[0]
+
+
+def _error_ratio(truth: Tensor, own: Tensor) -> Callable[[Tensor], float]:
+    """Largest or RMS error of a result over what is allowed, whichever is larger."""
+    eps = torch.finfo(own.dtype).eps
+
+    def largest(value: Tensor) -> Tensor:
+        return value.abs().max()
+
+    def rms(value: Tensor) -> Tensor:
+        return value.square().mean().sqrt()
+
+    allowed = [
+        (norm, 2 * norm(own.double() - truth) + eps * norm(truth)) for norm in (largest, rms)
+    ]
+
+    def ratio(result: Tensor) -> float:
+        error = result.double() - truth
+        return float(torch.stack([norm(error) / most for norm, most in allowed]).max())
+
+    return ratio
+
+
+def network_problems(
+    preset: str, batch: int, dtype: torch.dtype, channels_last: bool
+) -> list[Convolution]:
+    """The convolutions of a training step of the paper's network; nothing is computed.
+
+    Args:
+        preset: As for :func:`alexkern.models.alexnet`.
+        batch: Images.
+        dtype: Of images and parameters.
+        channels_last: Their layout.
+
+    Raises:
+        ValueError: Unknown preset.
+    """
+    from alexkern.models import alexnet
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    with torch.device("meta"):
+        model = alexnet(preset).to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+        size = model.preset.crop_size
+        images = torch.empty(batch, 3, size, size, dtype=dtype).to(memory_format=layout)
+
+    def step() -> None:
+        with use_backend("triton"), record_launches():
+            scores = model(images)
+            scores.backward(torch.empty_like(scores))
+
+    return problems_of(step)
