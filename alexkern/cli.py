@@ -129,3 +129,7 @@ def _line(table: "Table", problem: "Convolution") -> str:
     winner = table.best(problem)
     name = winner.choice if winner else "nobody"
     return f"{what}: {name} wins; {'; '.join(shown)}; {failed} of {len(candidates)} failed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -85,7 +85,7 @@ def _settings(problem: Convolution) -> Iterator[None]:
 
 def choices(problem: Convolution, device: torch.device) -> list[Choice]:
     """All that could compute a problem on a device; some may turn out not to."""
-    boxes = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    boxes = config.generation(torch.empty(0, device=device)) >= 9
     variants = [v for v in vendor.VARIANTS if problem.groups > 1 or not v.endswith("_split")]
     tiles = [tile for tile in config.candidates(config.MatmulConfig) if boxes or not tile.boxes]
     return [*(Choice(vendor=v) for v in variants), Choice(), *(Choice(tile=t) for t in tiles)]

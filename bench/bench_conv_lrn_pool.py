@@ -14,6 +14,8 @@ from bench.lab import Lab
 from bench.layers import CONVOLUTIONS, NORMALISED, Convolution, tiny_convolution
 from bench.operation import Subject
 
+VARIANTS = bench_conv.VARIANTS
+
 
 def subject(number: str, trial: bool = False) -> Subject:
     """The layer of that number, or a small one of its kind."""

@@ -1,6 +1,7 @@
-"""Every candidate configuration of each kernel, checked and timed: `pytest bench/ --tune`.
+"""Every candidate configuration of the memory-bound kernels: `pytest bench/ --tune`.
 
-With `--benchmark-disable` they are only checked. ``shipped`` is what the ops choose themselves.
+Checked and timed, with `--benchmark-disable` only checked. ``shipped`` is what the ops choose
+themselves. Convolutions have a command of their own, `alexkern tune`.
 """
 
 import dataclasses
@@ -10,14 +11,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from alexkern import use_backend
 from alexkern.runtime import config
-from bench import bench_augment, bench_conv, bench_dropout, bench_linear, bench_lrn, bench_pool
+from bench import bench_augment, bench_dropout, bench_linear, bench_lrn, bench_pool
 from bench.conftest import Compare
 from bench.lab import Lab, Variant
-from bench.layers import CONVOLUTIONS, NORMALISED, POOLS
+from bench.layers import NORMALISED, POOLS
 from bench.machine import DTYPES
 from bench.operation import Implementation, Operation, Subject
 from bench.record import Key
@@ -26,13 +26,14 @@ from bench.work import Work
 Candidates = dict[str, Any]
 
 
-def _candidates(kind: Any) -> Candidates:
+def _candidates() -> Candidates:
     """By a name that lists the configuration's numbers in the order of its fields."""
-    named = {"-".join(map(str, dataclasses.astuple(c))): c for c in config.candidates(kind)}
+    found = config.candidates(config.PointwiseConfig)
+    named = {"-".join(map(str, dataclasses.astuple(c))): c for c in found}
     return {"shipped": None, **named}
 
 
-_POINTWISE, _MATMUL = _candidates(config.PointwiseConfig), _candidates(config.MatmulConfig)
+_POINTWISE = _candidates()
 
 
 @contextmanager
@@ -43,16 +44,6 @@ def _in_force(configuration: Any) -> Iterator[None]:
         else:
             with config.forced(configuration):
                 yield
-
-
-def _only(subject: Subject, index: int) -> Subject:
-    """The subject with a gradient for one operand alone."""
-
-    def operands(batch: int, randn: Callable[..., Tensor]) -> list[Tensor]:
-        made = subject.operands(batch, randn)
-        return [operand.detach().requires_grad_(i == index) for i, operand in enumerate(made)]
-
-    return dataclasses.replace(subject, operands=operands)
 
 
 def _tune(
@@ -70,20 +61,6 @@ def _tune(
         return [subject.work(direction, batch, DTYPES[dtype].itemsize)], variants
 
     compare(Key("tune", subject.op, subject.layer, direction, dtype, batch, ""), make)
-
-
-@pytest.mark.parametrize("variant", _MATMUL)
-@pytest.mark.parametrize("direction", ["forward", "input_grad", "weight_grad"])
-@pytest.mark.parametrize("layer", CONVOLUTIONS)
-def test_convolution(
-    compare: Compare, lab: Lab, layer: str, direction: str, batch: int, variant: str
-) -> None:
-    if direction == "input_grad" and CONVOLUTIONS[layer].shape[0] == 3:
-        pytest.skip("the first layer learns no image")
-    subject = bench_conv.subject(layer, lab.trial)
-    if direction != "forward":
-        subject = _only(subject, ["input_grad", "weight_grad"].index(direction))
-    _tune(compare, lab, subject, direction, batch, _MATMUL)
 
 
 _MEMORY_BOUND: dict[str, tuple[Callable[[str, bool], Subject], str]] = {

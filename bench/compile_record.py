@@ -65,7 +65,9 @@ class CompiledKernel:
         programs_per_multiprocessor: As many as registers, shared memory and warps allow.
         occupancy: Share of the multiprocessor's warps that these are.
         instructions: How often each kind stands in the program's SASS (not: is executed). Loads
-            and stores are those of global memory, per thread; asynchronous copies are loads.
+            and stores are those of global memory, per thread; copies go to shared memory on their
+            own, boxes by the tensor memory accelerator. Asynchronous tensor cores are wgmma and
+            tcgen05.
         programs: Size of the grid.
         elements: What the programs own: ``count`` where the kernel has one, else its result's
             elements (conv2d_weight_grad: of all partial sums).

@@ -5,10 +5,9 @@
 #     bash bench/on_gpu.sh 2              # one slice, 9 minutes
 #     RESULTS=/tmp/out bash bench/on_gpu.sh 1
 #
-# 1: the test suite, what cuDNN does with the paper's convolutions, a numerical check of every
-#    candidate configuration, training without LRN.
+# 1: the test suite, what cuDNN does with the paper's convolutions, every way to compute them.
 # 2: the ops against PyTorch, and a first look at the paper's training step.
-# 3: training and inference against PyTorch, the candidates timed, the rest.
+# 3: training and inference against PyTorch, the memory-bound kernels' candidates, the rest.
 #
 # The record (bench/results/<gpu>/<date>-<commit>.json) is written as each group of measurements
 # ends, so a slice that fails half way leaves what it has. The last lines are a short table. A copy
@@ -38,9 +37,9 @@ slice_1() {
   step 200 tests/ops tests/runtime tests/models tests/training tests/test_optim.py \
     "${workers[@]}" -p bench.outcomes --outcomes suite "$results"
   step 100 bench/bench_vendor.py --vendor "${timed[@]}"
-  step 100 bench/bench_tune.py --tune --benchmark-disable "${workers[@]}" \
-    -p bench.outcomes --outcomes configurations "$results"
-  step 90 bench/bench_training.py -k no_lrn "${timed[@]}"
+  printf '\n== alexkern tune\n'
+  timeout --signal=INT --kill-after=15 240 python3 -m alexkern.cli tune --output "$results/tables" ||
+    { failed=1; echo "== failed, or out of time"; }
 }
 
 slice_2() {
@@ -50,10 +49,11 @@ slice_2() {
 }
 
 slice_3() {
+  step 90 bench/bench_training.py -k no_lrn "${timed[@]}"
   step 220 bench/bench_training.py -k paper "${timed[@]}"
   step 60 bench/bench_inference.py "${timed[@]}"
-  step 130 bench/bench_tune.py --tune "${timed[@]}"
-  step 80 bench/bench_host.py bench/bench_data.py "${timed[@]}"
+  step 90 bench/bench_tune.py --tune "${timed[@]}"
+  step 70 bench/bench_host.py bench/bench_data.py "${timed[@]}"
 }
 
 [ $# -gt 0 ] || set -- 1 2 3

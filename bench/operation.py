@@ -50,6 +50,7 @@ def implementations(ours: Function, theirs: Function, trial: bool) -> dict[str, 
     tuned = backend or {"mode": "max-autotune-no-cudagraphs"}
     return {
         "alexkern": Implementation(ours, context=triton),
+        "alexkern_auto": Implementation(ours, context=partial(use_backend, "auto")),
         "alexkern_nchw": Implementation(ours, channels_last=False, context=triton),
         "eager_nchw": Implementation(theirs, channels_last=False),
         "eager_channels_last": Implementation(theirs),

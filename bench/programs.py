@@ -261,20 +261,25 @@ def _count(operations: Sequence[str]) -> dict[str, int]:
     counts = {
         "total": len(operations),
         "tensor_core": 0,
+        "tensor_core_asynchronous": 0,
         "load_16_bytes": 0,
         "load_narrower": 0,
-        "load_boxes": 0,
+        "copy_16_bytes": 0,
+        "copy_narrower": 0,
+        "copy_boxes": 0,
         "store_16_bytes": 0,
         "store_narrower": 0,
         "special_function": 0,
         "local_memory": 0,
     }
-    kinds = {"LDG": "load", "LDGSTS": "load", "STG": "store", "UTMALDG": "load_boxes"}
+    kinds = {"LDG": "load", "LDGSTS": "copy", "STG": "store", "UTMALDG": "copy_boxes"}
     kinds |= {"MUFU": "special_function", "LDL": "local_memory", "STL": "local_memory"}
     for operation in operations:
         name, *qualifiers = operation.split()[0].split(".")
         kind = "tensor_core" if name.endswith("MMA") else kinds.get(name)
-        if kind in ("load", "store"):
+        if kind == "tensor_core" and name.startswith(("HGMMA", "UTC")):
+            counts["tensor_core_asynchronous"] += 1
+        if kind in ("load", "copy", "store"):
             kind += "_16_bytes" if {"128", "256"} & set(qualifiers) else "_narrower"
         if kind:
             counts[kind] += 1

@@ -99,6 +99,7 @@ def machine_table(record: Record) -> str:
 
 _OP_VARIANTS = {
     "alexkern": "alexkern",
+    "alexkern_auto": "auto",
     "eager_nchw": "eager NCHW",
     "eager_channels_last": "eager channels_last",
     "compile": "torch.compile",
@@ -111,7 +112,8 @@ def ops_table(record: Record) -> str:
     predicted = _predicted(record.machine.capability)
     for key, found in groups(record.measurements, "ops").items():
         ours = found.get("alexkern")
-        others = [m.median for name, m in found.items() if name != "alexkern" and m.seconds]
+        theirs = {name: m for name, m in found.items() if not name.startswith("alexkern")}
+        others = [measured.median for measured in theirs.values() if measured.seconds]
         rows.append(
             [
                 _name(key),

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ import alexkern.ops as ops
 from alexkern import use_backend
 from alexkern.models import alexnet
 from alexkern.optim import KrizhevskySGD
+from alexkern.runtime import config
 from alexkern.runtime.launch import Launch, record_launches, underlying
 from bench import lrn_path
 from bench.compile_record import (
@@ -107,6 +109,9 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
     ),
 }
 
+# Kernels that multiply: what a configuration of a convolution changes.
+MULTIPLYING = ("conv2d", "conv2d_boxes", "conv2d_weight_grad", "conv2d_weight_grad_boxes")
+
 # The tensors that a kernel writes over what it has read.
 IN_PLACE = {"linear_epilogue": ("y_pointer",), "conv2d_epilogue": ("y_pointer",)}
 
@@ -135,17 +140,32 @@ class LayerLaunch:
     trips: tuple[int, ...] | None
 
 
-def layer_launches(dtype: str, layout: str, stems: Sequence[str] = STEMS) -> list[LayerLaunch]:
+def layer_launches(
+    dtype: str, layout: str, stems: Sequence[str] = STEMS, target: str = "sm_90"
+) -> list[LayerLaunch]:
     """The launches of AlexNet's layers, forward and backward, at batch 128."""
     found = []
-    for layer, call in _layers(dtype, layout):
-        with record_launches() as launches, use_backend("triton"), precision(dtype):
+    major = 8 if target == "sm_80" else 9
+    calls = list(_layers(dtype, layout))
+    named = dict(calls)
+    candidates: Iterator[tuple[str, Any]] = iter(())
+    if (dtype, layout, target) == ("bf16", "nhwc", "sm_90") and "conv" in stems:
+        candidates = _candidates()
+    for layer, call in chain(calls, candidates):
+        with (
+            record_launches() as launches,
+            use_backend("triton"),
+            precision(dtype),
+            config.assumed_generation(major),
+        ):
             output = call()
             forward = len(launches)
             if output.requires_grad:
                 output.backward(torch.empty_like(output))
         for direction, made in (("forward", launches[:forward]), ("backward", launches[forward:])):
             for index, launch in enumerate(made):
+                if layer not in named and launch.kernel.__name__ not in MULTIPLYING:
+                    continue  # that of a candidate differs in nothing else
                 number = sum(other.kernel is launch.kernel for other in made[: index + 1])
                 found.append(_layer_launch(launch, layer, direction, number, dtype, layout))
     if dtype == "tf32":  # which only the convolutions see
@@ -262,6 +282,15 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
     yield "odd looped pool", pooling(_ODD_BATCH, *ODD, kernel=6, stride=3)
 
 
+def _candidates() -> Iterator[tuple[str, Any]]:
+    """The convolutions in every configuration that a measurement may choose."""
+    for tile in config.candidates(config.MatmulConfig):
+        for name, call in _layers("bf16", "nhwc"):
+            if name in CONVOLUTIONS and (not tile.boxes or CONVOLUTIONS[name].group_in % 64 == 0):
+                with config.forced(tile):
+                    yield f"{name} {tile.name}", call
+
+
 def _layer_launch(
     launch: Launch, layer: str, direction: str, number: int, dtype: str, layout: str
 ) -> LayerLaunch:
@@ -313,16 +342,12 @@ def _bytes(kernel: str, parameters: Any) -> int:
 
 def _flops(kernel: str, parameters: Any) -> int:
     """Of a convolution: for each element of its output, or of the result that takes its place."""
-    outputs = {
-        "conv2d": "result_pointer",
-        "conv2d_boxes": "result_pointer",
-        "conv2d_weight_grad": "grad_pointer",
-        "conv2d_weight_grad_boxes": "grad",
-    }
-    if kernel not in outputs:
+    if kernel not in MULTIPLYING:
         return 0
+    outputs = {"conv2d_weight_grad": "grad_pointer", "conv2d_weight_grad_boxes": "grad"}
+    output = underlying(getattr(parameters, outputs.get(kernel, "result_pointer")))
     products = parameters.KERNEL_H * parameters.KERNEL_W * parameters.GROUP_IN
-    return int(2 * underlying(getattr(parameters, outputs[kernel])).numel() * products)
+    return int(2 * output.numel() * products)
 
 
 def compile_kernels(
@@ -337,7 +362,7 @@ def compile_kernels(
         for target in targets
         for dtype in dtypes
         for layout in layouts
-        for launch in layer_launches(dtype, layout, stems)
+        for launch in layer_launches(dtype, layout, stems, target)
     ]
     programs = compile_programs((launch.compilation, target) for launch, target in work)
     return [

@@ -126,17 +126,26 @@ def check_no_spills(kernels: list[CompiledKernel]) -> None:
 
 
 def check_budget(kernels: list[CompiledKernel]) -> None:
-    """Tensor cores in the convolutions, 16-byte accesses in the memory-bound kernels.
+    """Tensor cores (asynchronous since sm_90) that are fed by copies of 16 bytes or by boxes.
+
+    In the memory-bound kernels accesses of 16 bytes.
 
     For fp16, bf16 in channels_last, with channels that 8 divides.
     """
     assert {kernel.stem for kernel in kernels} == set(static.STEMS)
     for kernel in kernels:
+        counts = kernel.instructions
         if kernel.layer == "odd sgd":  # what is left when vectors do not fit
             continue
-        counts = kernel.instructions
-        if kernel.kernel in ("conv2d", "conv2d_weight_grad"):
+        if kernel.layer == "odd conv":  # and of convolutions
+            assert kernel.kernel not in static.MULTIPLYING or counts["tensor_core"] > 0, kernel
+        elif kernel.kernel in static.MULTIPLYING:
+            asynchronous = counts["tensor_core_asynchronous"]
             assert counts["tensor_core"] > 0, kernel
+            assert asynchronous == (0 if kernel.target == "sm_80" else counts["tensor_core"])
+            assert counts["copy_16_bytes"] > 0 or counts["copy_boxes"] > 0, kernel
+            assert counts["copy_narrower"] == 0, kernel
+            assert kernel.programs_per_multiprocessor > 0, kernel
         elif kernel.stem in MEMORY_BOUND or kernel.kernel == "conv2d_epilogue_backward":
             assert counts["load_16_bytes"] > 0, kernel
             assert counts["store_16_bytes"] > 0, kernel
@@ -212,7 +221,9 @@ def test_nothing_spills_on_sm_90(everything: list[CompiledKernel]) -> None:
 def test_every_generation_within_budget(everything: list[CompiledKernel]) -> None:
     for target in GPUS:
         for dtype in ("bf16", "fp16"):
-            check_budget(select(everything, target=target, dtype=dtype, layout="nhwc"))
+            kernels = select(everything, target=target, dtype=dtype, layout="nhwc")
+            check_budget(kernels)
+            check_no_spills([k for k in kernels if k.kernel in static.MULTIPLYING])
 
 
 def test_the_budget_notices_scalar_accesses(compiled: list[CompiledKernel]) -> None:

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from alexkern.runtime.launch import interpreted
@@ -23,6 +24,8 @@ _MULTIPROCESSORS = 132
 _LARGEST_BLOCK = 2**20
 
 _shipped_only: ContextVar[bool] = ContextVar("alexkern_shipped_configurations", default=False)
+
+_assumed_generation: ContextVar[int] = ContextVar("alexkern_generation", default=9)
 
 # Of the whole process, as backward asks on autograd's threads.
 _forced: "PointwiseConfig | MatmulConfig | None" = None
@@ -184,6 +187,23 @@ class MatmulConfig:
         return cls(block_m, block_n, block_k, num_warps, num_stages, bool(dash))
 
 
+@contextmanager
+def assumed_generation(major: int) -> Iterator[None]:
+    """Choose for GPUs of this compute capability where tensors are on none (for compiling)."""
+    token = _assumed_generation.set(major)
+    try:
+        yield
+    finally:
+        _assumed_generation.reset(token)
+
+
+def generation(tensor: Tensor) -> int:
+    """Major number of the compute capability of a tensor's GPU: 9 are Hopper's."""
+    if not tensor.is_cuda or torch.version.hip:
+        return _assumed_generation.get()
+    return torch.cuda.get_device_capability(tensor.device)[0]
+
+
 # By the size of an element: shapes whose accumulators fit the registers and whose stages fit
 # shared memory, with wgmma and 16-byte copies on sm_90.
 _TENSOR_CORE_TILES = {
@@ -241,7 +261,10 @@ def matmul(
         share = tiles / _MULTIPROCESSORS if summed else -(-tiles // _MULTIPROCESSORS)
         return share * max(loads, products)
 
-    return min(_TENSOR_CORE_TILES[size], key=seconds)
+    tiles = _TENSOR_CORE_TILES[size]
+    if generation(source) < 9:  # whose accumulators share the registers with the operands
+        tiles = tuple(tile for tile in tiles if max(tile.block_m, tile.block_n) <= 128)
+    return min(tiles, key=seconds)
 
 
 @dataclass(frozen=True)
@@ -291,4 +314,8 @@ def candidates(kind: type[PointwiseConfig] | type[MatmulConfig]) -> list[Any]:
         MatmulConfig(256, 128, 32, 8, 4),
         MatmulConfig(128, 128, 32, 8, 4),
         MatmulConfig(128, 64, 32, 4, 4),
+        MatmulConfig(256, 128, 64, 8, 3, boxes=True),
+        MatmulConfig(128, 256, 64, 8, 4, boxes=True),
+        MatmulConfig(128, 128, 64, 8, 4, boxes=True),
+        MatmulConfig(128, 64, 64, 4, 3, boxes=True),
     ]
