@@ -25,6 +25,7 @@ import torch
 import alexkern.ops as ops
 from alexkern import use_backend
 from alexkern.models import alexnet
+from alexkern.ops import conv_passes
 from alexkern.optim import KrizhevskySGD
 from alexkern.runtime import config
 from alexkern.runtime.launch import Launch, record_launches, underlying
@@ -189,6 +190,11 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         arguments = image, weight, tensor(channels), stride, padding, 1, groups
         return lambda: ops.conv2d_bias_relu(*arguments)
 
+    def finishing(*shape: int) -> Any:
+        """What is left to do after a vendor's convolution."""
+        output, bias = tensor(BATCH, *shape).detach(), tensor(shape[0]).detach()
+        return lambda: conv_passes.finish(output, bias, relu=True)
+
     def normalisation(*shape: int) -> Any:
         return lambda: ops.local_response_norm(tensor(*shape), 5, 1e-4, 0.75, 2.0, "sum")
 
@@ -242,6 +248,8 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         yield "large augment", augmentation(_LARGE_BATCH, *AUGMENTATION)
     for name, layer in CONVOLUTIONS.items():
         yield name, convolution(BATCH, *layer)
+    for name, layer in CONVOLUTIONS.items():
+        yield f"{name} vendor", finishing(layer.channels, *layer.output_size)
     for number, shape in POOLS.items():
         if number in NORMALISED:
             yield f"lrn{number}", normalisation(BATCH, *shape)

@@ -143,7 +143,9 @@ def check_budget(kernels: list[CompiledKernel]) -> None:
             asynchronous = counts["tensor_core_asynchronous"]
             assert counts["tensor_core"] > 0, kernel
             assert asynchronous == (0 if kernel.target == "sm_80" else counts["tensor_core"])
-            assert counts["copy_16_bytes"] > 0 or counts["copy_boxes"] > 0, kernel
+            # a single step is not worth a copy
+            fed = [counts[name] for name in ("copy_16_bytes", "copy_boxes", "load_16_bytes")]
+            assert any(fed), kernel
             assert counts["copy_narrower"] == 0, kernel
             assert kernel.programs_per_multiprocessor > 0, kernel
         elif kernel.stem in MEMORY_BOUND or kernel.kernel == "conv2d_epilogue_backward":
@@ -273,8 +275,9 @@ def test_launches_of_a_layer_have_different_keys(bf16: list[CompiledKernel]) -> 
 @pytest.mark.parametrize(
     ("layer", "kernel", "direction", "gigaflops", "megabytes"),
     [
-        ("conv1", "conv2d", "forward", 27.0, 112.9),
-        ("conv1", "conv2d_weight_grad", "backward", 27.0, None),
+        # as 3x3 taps of 48 channels, zeros included: 432 products where there are 363
+        ("conv1", "conv2d", "forward", 32.1, 114.3),
+        ("conv1", "conv2d_weight_grad", "backward", 32.1, None),
         ("conv2", "conv2d", "forward", 57.3, 66.3),
         ("conv2", "conv2d", "backward", 57.3, 66.3),
         ("conv2", "conv2d_weight_grad", "backward", 57.3, None),
@@ -312,9 +315,10 @@ def test_work_of_known_layers(
 
 
 def test_flops_of_a_strided_transposed_convolution(bf16: list[CompiledKernel]) -> None:
-    """Each product of forward occurs once in the image's gradient too."""
-    forward, backward = select(bf16, layer="odd conv", kernel="conv2d")
-    assert forward.flops == backward.flops == 2 * (3 * 24 * 4 * 4) * (3 * 3 * 12)
+    """Of 7 rows 4 are reached by one tap and 3 by two; and so with columns."""
+    forward, *backward = select(bf16, layer="odd conv", kernel="conv2d")
+    assert forward.flops == 2 * (3 * 24 * 4 * 4) * (3 * 3 * 12)
+    assert sum(part.flops for part in backward) == 2 * (3 * 24) * (4 + 2 * 3) ** 2 * 12
 
 
 # LDG.E.128 and FFMA are run as often as the loop, all else once
@@ -346,8 +350,12 @@ def test_instructions_of_a_program() -> None:
     assert counts == {
         "total": 12,
         "tensor_core": 1,
+        "tensor_core_asynchronous": 1,
         "load_16_bytes": 1,
         "load_narrower": 0,
+        "copy_16_bytes": 0,
+        "copy_narrower": 0,
+        "copy_boxes": 0,
         "store_16_bytes": 0,
         "store_narrower": 1,
         "special_function": 1,

@@ -118,8 +118,7 @@ def convolve(
     choice = choose(_problem("forward", input, input.shape, weight, extents))
     if choice.vendor:
         output = vendor.convolve(input, weight, extents, choice.vendor)
-        _finish(output, bias, relu)
-        return output
+        return finish(output, bias, relu)
     shape = (input.shape[0], weight.shape[0], *extents.output_size(input, weight))
     output = empty(shape, input, channels_last=is_channels_last(input))
     if _gains_from_depth(weight, extents):
@@ -135,10 +134,10 @@ def convolve(
     return output
 
 
-def _finish(output: Tensor, bias: Tensor | None, relu: bool) -> None:
+def finish(output: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """Add the bias to a convolution and apply the ReLU, in place."""
     if bias is None and not relu:
-        return
+        return output
     _, channels, inner = outer_channels_inner(output)
     blocks = config.pointwise(output, channels if inner == 1 else inner)
     launch(
@@ -155,6 +154,7 @@ def _finish(output: Tensor, bias: Tensor | None, relu: bool) -> None:
         VECTOR=blocks.vector,
         num_warps=blocks.num_warps,
     )
+    return output
 
 
 def convolution_input_grad(
