@@ -193,7 +193,9 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         arguments = tensor(batch, inputs), tensor(outputs, inputs), tensor(outputs)
         return lambda: ops.linear_bias_relu_dropout(*arguments, **keywords)
 
-    def augmentation(batch: int, stored: int, *crop: int, shifted: bool = False) -> Any:
+    def augmentation(
+        batch: int, stored: int, *crop: int, shifted: bool = False, **packing: Any
+    ) -> Any:
         def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -201,7 +203,7 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         corners, flips = meta(torch.int64, batch, 2), meta(torch.bool, batch)
         shift = meta(torch.float32, batch, 3) if shifted else None
         arguments = images, corners, flips, mean, 57.6, shift
-        return lambda: ops.augment(*arguments, dtype=DTYPES[dtype])
+        return lambda: ops.augment(*arguments, dtype=DTYPES[dtype], **packing)
 
     def updating(*shapes: tuple[int, ...]) -> Any:
         learned = [tensor(*shape) for shape in shapes]
@@ -217,6 +219,8 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
 
     if layout == "nhwc":  # the only layout of the result
         yield "augment", augmentation(BATCH, *AUGMENTATION)
+        packing: Any = {"padding": (0, 4, 0, 4), "space_to_depth": 4}
+        yield "augment packed", augmentation(BATCH, *AUGMENTATION, **packing)
         yield "augment shift", augmentation(BATCH, *AUGMENTATION, shifted=True)
         yield "odd augment", augmentation(_ODD_BATCH, 11, 7, 8, shifted=True)
         yield "large augment", augmentation(_LARGE_BATCH, *AUGMENTATION)
@@ -306,7 +310,7 @@ def _bytes(kernel: str, parameters: Any) -> int:
     tensors = {id(value): value for value in values if isinstance(value, torch.Tensor)}
     sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
     if kernel == "augment_crops":
-        sizes[id(parameters.images_pointer)] = parameters.result_pointer.numel()
+        sizes[id(parameters.images_pointer)] = parameters.batch * parameters.mean_pointer.numel()
     written_over = [getattr(parameters, name) for name in IN_PLACE.get(kernel, ())]
     return sum(sizes.values()) + sum(sizes[id(tensor)] for tensor in written_over)
 
