@@ -45,6 +45,7 @@ from bench.layers import (
     DROPOUTS,
     FULLY_CONNECTED,
     NORMALISED,
+    PACKING,
     POOLS,
 )
 from bench.machine import DTYPES, precision
@@ -219,8 +220,7 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
 
     if layout == "nhwc":  # the only layout of the result
         yield "augment", augmentation(BATCH, *AUGMENTATION)
-        packing: Any = {"padding": (0, 4, 0, 4), "space_to_depth": 4}
-        yield "augment packed", augmentation(BATCH, *AUGMENTATION, **packing)
+        yield "augment packed", augmentation(BATCH, *AUGMENTATION, **PACKING)
         yield "augment shift", augmentation(BATCH, *AUGMENTATION, shifted=True)
         yield "odd augment", augmentation(_ODD_BATCH, 11, 7, 8, shifted=True)
         yield "large augment", augmentation(_LARGE_BATCH, *AUGMENTATION)
@@ -304,7 +304,7 @@ def _elements(kernel: str, parameters: Any) -> int:
 
 
 def _bytes(kernel: str, parameters: Any) -> int:
-    """Of all tensors; of stored images those of the crops, one for each value of the result."""
+    """Of all tensors; of stored images those of the crops, one for each value of the mean."""
     # a pointer that the kernel does not use is given a tensor that is there already
     values = map(underlying, vars(parameters).values())
     tensors = {id(value): value for value in values if isinstance(value, torch.Tensor)}
