@@ -181,10 +181,13 @@ def augment(
     std: float,
     shift: Tensor | None,
     dtype: torch.dtype,
+    padding: tuple[int, int, int, int],
+    space_to_depth: int,
 ) -> Tensor:
     """``((pixel - mean) + shift) * (1 / std)`` of each image's crop, mirrored where flips say so.
 
-    Corners are clamped to those whose crop, of the size of ``mean``, lies within the image.
+    Corners are clamped to those whose crop, of the size of ``mean``, lies within the image. The
+    crops are then padded with zeros, and blocks of pixels become channels.
     """
     batch, height, width, _ = images.shape
     top, left = (
@@ -200,8 +203,13 @@ def augment(
     if shift is not None:
         value += shift[:, None, None, :]
     value *= 1.0 / std
-    output: Tensor = value.to(dtype).permute(0, 3, 1, 2)
-    return output
+    output = value.to(dtype)
+    if any(padding):
+        output = F.pad(output, (0, 0, *padding))
+    # F.pixel_unshuffle, which gives another shape for an empty batch
+    blocks = output.unflatten(2, (-1, space_to_depth)).unflatten(1, (-1, space_to_depth))
+    packed: Tensor = blocks.permute(0, 1, 3, 5, 2, 4).flatten(3)
+    return packed.permute(0, 3, 1, 2)
 
 
 def krizhevsky_sgd(

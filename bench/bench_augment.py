@@ -1,14 +1,17 @@
 """augment at the paper's sizes: 224x224 crops of stored 256x256 images, mirrored, shifted."""
 
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import alexkern.ops as ops
 from bench import work
 from bench.lab import Lab
-from bench.layers import AUGMENTATION
+from bench.layers import AUGMENTATION, PACKING
 from bench.machine import DTYPES
 from bench.operation import Function, Subject
 
@@ -17,9 +20,11 @@ VARIANTS, FULL_VARIANTS = ("alexkern", "eager_nchw", "compile"), ("compile_max_a
 STD = 57.6
 
 
-def subject(dtype: str = "bf16", trial: bool = False) -> Subject:
-    """To crops in that dtype; small ones in a trial."""
+def subject(dtype: str = "bf16", trial: bool = False, packed: bool = False) -> Subject:
+    """To crops in that dtype, packed for conv1 or as they are; small ones in a trial."""
     stored, *crop = (20, 16, 16) if trial else AUGMENTATION
+    plain: dict[str, Any] = {"padding": (0, 0, 0, 0), "space_to_depth": 1}
+    packing = PACKING if packed else plain
 
     def operands(batch: int, randn: Function) -> list[Tensor]:
         """Images are [B, H, 3 W]: a fourth dimension would be taken for one of NCHW."""
@@ -35,7 +40,8 @@ def subject(dtype: str = "bf16", trial: bool = False) -> Subject:
 
     def ours(images: Tensor, corners: Tensor, flips: Tensor, mean: Tensor, shift: Tensor) -> Tensor:
         stored_images = images.unflatten(2, (-1, 3))
-        return ops.augment(stored_images, corners, flips, mean, STD, shift, dtype=DTYPES[dtype])
+        arguments = stored_images, corners, flips, mean, STD, shift
+        return ops.augment(*arguments, dtype=DTYPES[dtype], **packing)
 
     def theirs(
         images: Tensor, corners: Tensor, flips: Tensor, mean: Tensor, shift: Tensor
@@ -50,17 +56,24 @@ def subject(dtype: str = "bf16", trial: bool = False) -> Subject:
         value = (crops.to(mean.dtype) - mean + shift[:, None, None, :]) / STD
         exact = mean.dtype == torch.float64
         output: Tensor = value.to(torch.float64 if exact else DTYPES[dtype])
-        return output.permute(0, 3, 1, 2)
+        output = output.permute(0, 3, 1, 2)
+        if packed:
+            output = F.pixel_unshuffle(F.pad(output, packing["padding"]), packing["space_to_depth"])
+        return output
+
+    def counted(direction: str, batch: int, itemsize: int) -> work.Work:
+        return work.augmentation((crop[0], crop[1]), batch, itemsize, packing["padding"])
 
     return Subject(
         "augment",
-        "augment",
+        "augment packed" if packed else "augment",
         ours,
         theirs,
         operands,
-        lambda direction, batch, itemsize: work.augmentation((crop[0], crop[1]), batch, itemsize),
+        counted,
     )
 
 
-def test_augment(compare_op: Callable[[Subject], None], lab: Lab, dtype: str) -> None:
-    compare_op(subject(dtype, lab.trial))
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_augment(compare_op: Callable[[Subject], None], lab: Lab, dtype: str, packed: bool) -> None:
+    compare_op(subject(dtype, lab.trial, packed))

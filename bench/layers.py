@@ -1,6 +1,6 @@
 """The layers of AlexNet that have kernels (paper section 3.5), at the paper's batch of 128."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BATCH = 128
 
@@ -34,6 +34,8 @@ class Convolution(NamedTuple):
 
 # side of the stored images, height and width of a crop (section 4.1)
 AUGMENTATION = (256, 224, 224)
+# arguments of ops.augment that make such a crop the packed input of conv1
+PACKING: dict[str, Any] = {"padding": (0, 4, 0, 4), "space_to_depth": 4}
 CONVOLUTIONS = {
     "conv1": Convolution((3, 224, 224), 96, 11, 4, (0, 3, 0, 3), 1),
     "conv2": Convolution((96, 27, 27), 256, 5, 1, 2, 2),

@@ -48,6 +48,7 @@ from bench.layers import (
     DROPOUTS,
     FULLY_CONNECTED,
     NORMALISED,
+    PACKING,
     POOLS,
 )
 from bench.machine import DTYPES, precision
@@ -219,7 +220,9 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         arguments = tensor(batch, inputs), tensor(outputs, inputs), tensor(outputs)
         return lambda: ops.linear_bias_relu_dropout(*arguments, **keywords)
 
-    def augmentation(batch: int, stored: int, *crop: int, shifted: bool = False) -> Any:
+    def augmentation(
+        batch: int, stored: int, *crop: int, shifted: bool = False, **packing: Any
+    ) -> Any:
         def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -227,7 +230,7 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
         corners, flips = meta(torch.int64, batch, 2), meta(torch.bool, batch)
         shift = meta(torch.float32, batch, 3) if shifted else None
         arguments = images, corners, flips, mean, 57.6, shift
-        return lambda: ops.augment(*arguments, dtype=DTYPES[dtype])
+        return lambda: ops.augment(*arguments, dtype=DTYPES[dtype], **packing)
 
     def updating(*shapes: tuple[int, ...]) -> Any:
         learned = [tensor(*shape) for shape in shapes]
@@ -243,6 +246,7 @@ def _layers(dtype: str, layout: str) -> Iterator[tuple[str, Any]]:
 
     if layout == "nhwc":  # the only layout of the result
         yield "augment", augmentation(BATCH, *AUGMENTATION)
+        yield "augment packed", augmentation(BATCH, *AUGMENTATION, **PACKING)
         yield "augment shift", augmentation(BATCH, *AUGMENTATION, shifted=True)
         yield "odd augment", augmentation(_ODD_BATCH, 11, 7, 8, shifted=True)
         yield "large augment", augmentation(_LARGE_BATCH, *AUGMENTATION)
@@ -337,13 +341,13 @@ def _elements(kernel: str, parameters: Any) -> int:
 
 
 def _bytes(kernel: str, parameters: Any) -> int:
-    """Of all tensors; of stored images those of the crops, one for each value of the result."""
+    """Of all tensors; of stored images those of the crops, one for each value of the mean."""
     # a pointer that the kernel does not use is given a tensor that is there already
     values = map(underlying, vars(parameters).values())
     tensors = {id(value): value for value in values if isinstance(value, torch.Tensor)}
     sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
     if kernel == "augment_crops":
-        sizes[id(parameters.images_pointer)] = parameters.result_pointer.numel()
+        sizes[id(parameters.images_pointer)] = parameters.batch * parameters.mean_pointer.numel()
     written_over = [getattr(parameters, name) for name in IN_PLACE.get(kernel, ())]
     return sum(sizes.values()) + sum(sizes[id(tensor)] for tensor in written_over)
 

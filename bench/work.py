@@ -70,13 +70,21 @@ def normalisation_pooling(
     return pooling(shape, batch, itemsize, training) + Work(0, again)
 
 
-def augmentation(crop: tuple[int, int], batch: int, itemsize: int) -> Work:
+def augmentation(
+    crop: tuple[int, int],
+    batch: int,
+    itemsize: int,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> Work:
     """Reads each crop's bytes and the float32 mean, writes the crops in the network's dtype.
 
-    Besides, of each image: its corner (int64), flip and float32 shift of the colours.
+    Besides, of each image: its corner (int64), flip and float32 shift of the colours. Padding is
+    written, too.
     """
-    values = 3 * prod(crop)
-    return Work(0, batch * (values * (1 + itemsize) + 2 * 8 + 1 + 3 * 4) + 4 * values)
+    left, right, top, bottom = padding
+    values, written = 3 * prod(crop), 3 * (top + crop[0] + bottom) * (left + crop[1] + right)
+    per_image = values + written * itemsize + 2 * 8 + 1 + 3 * 4
+    return Work(0, batch * per_image + 4 * values)
 
 
 def convolution_normalisation_pooling(

@@ -576,6 +576,8 @@ def check_augment(
     std: float = 1.0,
     shift: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    space_to_depth: int = 1,
 ) -> None:
     """The output of augment, and in float32 that its bits are those of the reference.
 
@@ -583,12 +585,16 @@ def check_augment(
     the product, relative to the result. PyTorch has no such op: its result is the rounded truth.
     """
     arguments = images, corners, flips, mean, std, shift
-    output = ops.augment(*arguments, dtype=dtype)
+    packing: dict[str, Any] = {"padding": padding, "space_to_depth": space_to_depth}
+    output = ops.augment(*arguments, dtype=dtype, **packing)
     assert output.dtype == dtype
     assert output.permute(0, 2, 3, 1).is_contiguous()
-    centred, truth = plain_augment(*arguments)
+    centred, truth = (
+        F.pixel_unshuffle(F.pad(crops, padding), space_to_depth)
+        for crops in plain_augment(*arguments)
+    )
     floor = UNIT * (centred.abs() / std + 3 * truth.abs())
     check("output", output, truth, (truth.to(dtype) - truth).abs(), floor)
     if dtype == torch.float32:
         with use_backend("torch"):
-            check_same(output, ops.augment(*arguments))
+            check_same(output, ops.augment(*arguments, **packing))

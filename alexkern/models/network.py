@@ -1,5 +1,7 @@
 """AlexNet on this project's ops."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -83,7 +85,8 @@ class AlexNet(nn.Module):
         """Class scores.
 
         Args:
-            input: Floating-point [batch, 3, crop_size, crop_size]; any memory format.
+            input: Floating-point [batch, 3, crop_size, crop_size]; any memory format. Or the same
+                packed as ``preset.packing`` says, which ``ops.augment`` can write.
             dropout_seeds: int64 [2] on the input's device, one seed per dropout layer. None:
                 the op draws them from torch's generator.
 
@@ -121,15 +124,7 @@ class AlexNet(nn.Module):
         padding: int | tuple[int, int, int, int],
         activation: str = "relu",
     ) -> Tensor:
-        return ops.conv2d_bias_relu(
-            x,
-            layer.weight,
-            layer.bias,
-            stride=layer.stride,
-            padding=padding,
-            groups=layer.groups,
-            activation=activation,
-        )
+        return ops.conv2d_bias_relu(x, **_operands(layer, x, padding), activation=activation)
 
     def _convolve_normalise_pool(
         self, layer: nn.Conv2d, x: Tensor, padding: int | tuple[int, int, int, int]
@@ -139,11 +134,7 @@ class AlexNet(nn.Module):
             return self._pool(self._convolve(layer, x, padding))
         return ops.conv2d_bias_relu_lrn_max_pool2d(
             x,
-            layer.weight,
-            layer.bias,
-            stride=layer.stride,
-            padding=padding,
-            groups=layer.groups,
+            **_operands(layer, x, padding),
             size=norm.size,
             alpha=norm.alpha,
             beta=norm.beta,
@@ -180,6 +171,26 @@ class AlexNet(nn.Module):
         )
 
 
+def _operands(
+    layer: nn.Conv2d, x: Tensor, padding: int | tuple[int, int, int, int]
+) -> dict[str, Any]:
+    """Of a convolution, besides its input: where that is packed, so is the weight."""
+    stride: int | tuple[int, ...] = layer.stride
+    weight: Tensor = layer.weight
+    if x.shape[1] > layer.in_channels:
+        side = layer.stride[0]
+        behind = -weight.shape[2] % side
+        weight = F.pixel_unshuffle(F.pad(weight, (0, behind, 0, behind)), side)
+        stride, padding = 1, 0  # the input's padding is packed with it
+    return {
+        "weight": weight,
+        "bias": layer.bias,
+        "stride": stride,
+        "padding": padding,
+        "groups": layer.groups,
+    }
+
+
 def spatial_response_norm(x: Tensor) -> Tensor:
     """``x * (1 + 0.001 * mean of x**2 over 5x5 pixels of the same map)**-0.75``.
 
@@ -200,17 +211,27 @@ def _pool5_size(preset: Preset) -> int:
 
 
 def _check_shapes(preset: Preset, input: Tensor, dropout_seeds: Tensor | None) -> None:
-    size = preset.crop_size
-    if input.dim() != 4 or input.shape[1:] != (3, size, size):
+    shapes = _image_shapes(preset)
+    if input.dim() != 4 or list(input.shape[1:]) not in shapes:
+        accepted = ", or packed ".join(f"[batch, {', '.join(map(str, each))}]" for each in shapes)
         raise ValueError(
-            f"preset {preset.name!r} takes images of shape [batch, 3, {size}, {size}], "
-            f"got {list(input.shape)}"
+            f"preset {preset.name!r} takes images of shape {accepted}, got {list(input.shape)}"
         )
     if dropout_seeds is not None and dropout_seeds.shape != (2,):
         raise ValueError(
             f"dropout_seeds must have shape [2] (one per dropout layer), "
             f"got {list(dropout_seeds.shape)}"
         )
+
+
+def _image_shapes(preset: Preset) -> list[list[int]]:
+    """Of an image as it is, and packed, if it can be."""
+    size, packing = preset.crop_size, preset.packing
+    if packing is None:
+        return [[3, size, size]]
+    (left, right, top, bottom), side = packing
+    packed = [3 * side**2, (top + size + bottom) // side, (left + size + right) // side]
+    return [[3, size, size], packed]
 
 
 def _rename_torchvision_keys(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,13 @@ class ResponseNorm:
     k: float = 2.0
     alpha_mode: Literal["sum", "mean"] = "sum"
     groups: int = 1
+
+
+class Packing(NamedTuple):
+    """The arguments of ``ops.augment`` that make a network's packed input."""
+
+    padding: tuple[int, int, int, int]
+    space_to_depth: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,26 @@ class Preset:
     learning_rate: float = 0.01
     batch_size: int = 128
     epochs: int = 90
+
+    @property
+    def packing(self) -> Packing | None:
+        """How to pack the input, so that conv1 has stride 1 and a smaller kernel for the same.
+
+        Blocks of stride x stride pixels become one. The kernel, in blocks, is rounded up, and so
+        is what it reads. None where the stride is 1, or where conv1 leaves out whole blocks.
+        """
+        left, right, top, bottom = self.conv1_padding
+        right, bottom = self._padding_behind(left, right), self._padding_behind(top, bottom)
+        if self.conv1_stride == 1 or min(right, bottom) < 0:
+            return None
+        return Packing((left, right, top, bottom), self.conv1_stride)
+
+    def _padding_behind(self, before: int, behind: int) -> int:
+        """What the packed input needs instead of conv1's, along one side."""
+        pixels, stride = before + self.crop_size, self.conv1_stride
+        outputs = (pixels + behind - self.conv1_kernel) // stride + 1
+        taps = -(-self.conv1_kernel // stride)
+        return (outputs - 1 + taps) * stride - pixels
 
 
 _PAPER = Preset()

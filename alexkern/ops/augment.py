@@ -23,6 +23,8 @@ def augment(
     shift: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    space_to_depth: int = 1,
 ) -> Tensor:
     """Crop, mirror and normalise stored images (paper section 4.1) in one pass.
 
@@ -34,6 +36,11 @@ def augment(
     number on a GPU), then rounded to ``dtype``: the same bits on every backend and device. The
     mean is subtracted as it is, wherever the crop lies and whether or not it is mirrored (as the
     2012 code does).
+
+    With ``padding`` and ``space_to_depth``, zeros are put around the crops so made, and blocks of
+    pixels become channels: ``F.pixel_unshuffle(F.pad(crops, padding), space_to_depth)``, of which
+    a convolution with that stride is one with stride 1 and a kernel so many times smaller (see
+    ``alexkern.models.Preset.packing``). No pass of its own is needed for it.
 
     Nothing is drawn here: corners, flips and shift say what is done to each image, so that they
     can be functions of a seed, an epoch and a sample.
@@ -49,24 +56,32 @@ def augment(
         shift: float32 [B, 3]: what is added to all pixels of an image, per channel, in grey
             levels (the paper's change of the RGB intensities); None for nothing.
         dtype: float32, float16 or bfloat16.
+        padding: (left, right, top, bottom): so many zeros around each normalised crop.
+        space_to_depth: b: b x b pixels of the padded crop become one; its sides are multiples
+            of b. Pixel (i, j) of a block and channel c give channel (c * b + i) * b + j.
 
     Returns:
-        [B, 3, height, width] of ``dtype``, channels_last in memory, which requires no grad.
+        [B, 3 * b * b, (top + height + bottom) / b, (left + width + right) / b] of ``dtype``,
+        channels_last in memory, which requires no grad.
 
     Raises:
         RuntimeError: a tensor of another shape, dtype or device, an image smaller than the crop,
-            or another ``dtype``.
+            another ``dtype``, negative padding, or padded crops that blocks do not divide.
+        TypeError: ``padding`` is not four ints, or ``space_to_depth`` no int.
         ValueError: ``std`` is not a positive finite number.
     """
     _check(images, corners, flips, mean, shift)
+    _check_packing(mean, padding, space_to_depth)
     if dtype not in _DTYPES:
         raise RuntimeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     if not 0.0 < std < math.inf:
         raise ValueError(f"std must be a positive finite number, got {std}")
     # the images are integers everywhere: the mean says what is computed in
     if images.numel() == 0 or not runs_triton(mean):
-        return reference.augment(images, corners, flips, mean, std, shift, dtype)
-    return _crops(images, corners, flips, mean, std, shift, dtype)
+        return reference.augment(
+            images, corners, flips, mean, std, shift, dtype, padding, space_to_depth
+        )
+    return _crops(images, corners, flips, mean, std, shift, dtype, padding, space_to_depth)
 
 
 def _check(
@@ -104,6 +119,26 @@ def _check(
             )
 
 
+def _check_packing(mean: Tensor, padding: tuple[int, int, int, int], side: int) -> None:
+    if len(padding) != 4 or not all(isinstance(number, int) for number in (*padding, side)):
+        raise TypeError(
+            "padding must be four ints (left, right, top, bottom) and space_to_depth one, "
+            f"got padding={padding} and space_to_depth={side}"
+        )
+    left, right, top, bottom = padding
+    if min(padding) < 0 or side < 1:
+        raise RuntimeError(
+            "padding must not be negative and space_to_depth must be positive, "
+            f"got padding={padding} and space_to_depth={side}"
+        )
+    padded = [top + mean.shape[0] + bottom, left + mean.shape[1] + right]
+    if padded[0] % side or padded[1] % side:
+        raise RuntimeError(
+            f"space_to_depth={side} does not divide {padded}, the size of crops of "
+            f"{list(mean.shape[:2])} with padding={padding}"
+        )
+
+
 def _crops(
     images: Tensor,
     corners: Tensor,
@@ -112,13 +147,21 @@ def _crops(
     std: float,
     shift: Tensor | None,
     dtype: torch.dtype,
+    padding: tuple[int, int, int, int],
+    side: int,
 ) -> Tensor:
     batch, height, width, _ = images.shape
     crop_height, crop_width, _ = mean.shape
-    result = empty((batch, 3, crop_height, crop_width), images, dtype, channels_last=True)
+    left, right, top, bottom = padding
+    rows, columns = (top + crop_height + bottom) // side, (left + crop_width + right) // side
+    depth = 3 * side * side
+    result = empty((batch, depth, rows, columns), images, dtype, channels_last=True)
     mean = mean.contiguous()
-    blocks = config.pointwise(mean, 3 * crop_width, width=16 // dtype.itemsize)
-    (parts,) = blocks.programs(mean.numel())
+    count = depth * rows * columns
+    # vectors lie within a row of crops, and within a pixel of packed ones
+    divisible = 3 * columns if side == 1 else depth
+    blocks = config.pointwise(mean, divisible, width=16 // dtype.itemsize, count=count)
+    (parts,) = blocks.programs(count)
     images_per_program = config.images_per_program(mean, parts, batch)
     launch(
         device_code("augment").augment_crops,
@@ -135,9 +178,15 @@ def _crops(
         width,
         crop_height,
         crop_width,
+        rows,
+        columns,
+        top,
+        left,
         images_per_program,
         1.0 / std,
         SHIFT=shift is not None,
+        PADDED=any(padding),
+        SIDE=side,
         BLOCK=blocks.rows,
         VECTOR=blocks.vector,
         num_warps=blocks.num_warps,

@@ -248,9 +248,21 @@ class Trainer:
         )
 
     def _input(self, batch: Batch) -> Tensor:
-        """What the network sees, in the dtype that autocast would cast it to."""
-        std, dtype = self.model.preset.input_std, _AMP_DTYPES.get(self._options.amp, torch.float32)
-        return ops.augment(batch.images, batch.corners, batch.flips, self._mean, std, dtype=dtype)
+        """What the network sees, in the dtype that autocast would cast it to.
+
+        For this project's kernels it is packed; a vendor's might be slower on it.
+        """
+        preset, dtype = self.model.preset, _AMP_DTYPES.get(self._options.amp, torch.float32)
+        packing = preset.packing if self._backend == "triton" else None
+        return ops.augment(
+            batch.images,
+            batch.corners,
+            batch.flips,
+            self._mean,
+            preset.input_std,
+            dtype=dtype,
+            **(packing._asdict() if packing else {}),
+        )
 
     def _kernels(self) -> AbstractContextManager[None]:
         return alexkern.use_backend(self._backend)

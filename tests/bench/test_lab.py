@@ -101,6 +101,7 @@ SUBJECTS = [
 CASES = [
     *itertools.product(SUBJECTS, ["forward", "backward"]),
     (bench_augment.subject("fp32", True), "forward"),
+    (bench_augment.subject("fp32", True, packed=True), "forward"),
 ]
 
 

@@ -5,7 +5,7 @@ import torch
 
 from alexkern.models import alexnet
 from bench import work
-from bench.layers import CONVOLUTIONS, FULLY_CONNECTED, POOLS
+from bench.layers import CONVOLUTIONS, FULLY_CONNECTED, PACKING, POOLS
 from bench.record import Ceilings
 
 H200 = Ceilings(4.3e12, {"bf16": 790e12, "tf32": 395e12})
@@ -62,6 +62,8 @@ def test_fully_connected(layer: str, direction: str, gflop: float, megabytes: fl
     [
         (work.augmentation((224, 224), 128, 2), 58.4),
         (work.augmentation((224, 224), 128, 4), 96.9),
+        # 4 rows and columns more: 128 * 3 * (228**2 - 224**2) * 2 bytes
+        (work.augmentation((224, 224), 128, 2, (0, 4, 0, 4)), 59.8),
         (work.normalisation(POOLS["1"], "forward", 128, 2), 148.7),
         (work.normalisation(POOLS["1"], "backward", 128, 2), 223.0),
         (work.normalisation(POOLS["2"], "forward", 128, 4), 191.1),
@@ -88,6 +90,7 @@ def test_layers_are_those_of_the_model() -> None:
         kernel = (layer.kernel, layer.kernel)
         assert tuple(module.weight.shape) == (layer.channels, layer.group_in, *kernel)
         assert module.stride == (layer.stride, layer.stride)
+    assert model.preset.packing == tuple(PACKING.values())
     assert [layer.output_size for layer in CONVOLUTIONS.values()] == [
         (size, size) for size in (55, 27, 13, 13, 13)
     ]

@@ -1,5 +1,6 @@
 import importlib.util
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 import alexkern
 from alexkern import ops
-from alexkern.models import PRESETS, AlexNet, alexnet
+from alexkern.models import PRESETS, AlexNet, Preset, alexnet
 from alexkern.models.network import spatial_response_norm
 
 LAYERS = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
@@ -310,7 +311,49 @@ def test_layouts_agree():
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_kernels_agree_with_plain_pytorch_in_a_whole_step():
+def packed(preset: Preset, x: Tensor) -> Tensor:
+    assert preset.packing
+    return F.pixel_unshuffle(F.pad(x, preset.packing.padding), preset.packing.space_to_depth)
+
+
+def test_packing_is_what_conv1_reads():
+    """54 strides of 4, and 12 for the last of the 55 outputs, whose kernel is 3 blocks wide."""
+    assert PRESETS["paper"].packing == ((0, 4, 0, 4), 4)
+    assert PRESETS["owt"].packing == ((2, 2, 2, 2), 4)
+    assert PRESETS["mini"].packing == ((0, 2, 0, 2), 2)
+    assert replace(PRESETS["paper"], conv1_stride=1).packing is None
+    unread = replace(PRESETS["mini"], conv1_kernel=4, conv1_stride=4, conv1_padding=(0, 0, 0, 0))
+    assert replace(unread, crop_size=32).packing == ((0, 0, 0, 0), 4)
+    assert replace(unread, crop_size=33).packing is None  # the last pixel is read by nobody
+
+
+def small(preset: Preset) -> Preset:
+    """The same geometry, with few channels and units."""
+    return replace(preset, widths=(4, 8, 8, 8, 8), fc_width=16, weight_std=None)
+
+
+@pytest.mark.parametrize("preset", [small(preset) for preset in PRESETS.values()], ids=PRESETS)
+def test_packed_images_give_the_same(preset):
+    """Logits, and gradients of the parameters as they are kept."""
+    torch.manual_seed(0)
+    model = AlexNet(preset, 3).double()
+    x = images(preset.name, scale=1.0)
+    seeds = torch.tensor([1, 2])
+    results = []
+    for given in (x, packed(preset, x)):
+        logits = model(given, seeds)
+        gradients = torch.autograd.grad(logits.square().sum(), tuple(model.parameters()))
+        results.append((logits.detach(), *gradients))
+    rounding = 2**-52 * math.sqrt(x[:, 0].numel())  # of the longest sum, over pixels
+    names = ["logits", *(name for name, _ in model.named_parameters())]
+    for name, plain, other in zip(names, *results, strict=True):
+        error, largest = (other - plain).abs().max(), plain.abs().max()
+        assert largest > 0, name
+        assert error <= rounding * largest, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("pack", [lambda preset, x: x, packed], ids=["plain", "packed"])
+def test_kernels_agree_with_plain_pytorch_in_a_whole_step(pack):
     """Both against float64, gradients of every parameter included."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -320,8 +363,9 @@ def test_kernels_agree_with_plain_pytorch_in_a_whole_step():
 
     def step(backend: str, dtype: torch.dtype) -> list[Tensor]:
         model.to(dtype).zero_grad()
+        given = pack(model.preset, x.to(dtype)) if backend == "triton" else x.to(dtype)
         with alexkern.use_backend(backend):
-            loss = F.cross_entropy(model(x.to(dtype), seeds), torch.tensor([1, 3], device=device))
+            loss = F.cross_entropy(model(given, seeds), torch.tensor([1, 3], device=device))
         loss.backward()
         return [loss.detach()] + [p.grad.clone() for p in model.parameters()]
 
@@ -346,9 +390,13 @@ def test_too_few_classes():
         alexnet("mini", 0)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 32, 33), (1, 1, 32, 32), (3, 32, 32), (1, 3, 224, 224)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3, 32, 33), (1, 1, 32, 32), (3, 32, 32), (1, 3, 224, 224), (1, 12, 16, 16), (12, 17, 17)],
+)
 def test_wrong_input_names_the_expected_crop(shape):
-    with pytest.raises(ValueError, match=r"'mini' takes .*\[batch, 3, 32, 32\], got"):
+    expected = r"'mini' takes .*\[batch, 3, 32, 32\], or packed \[batch, 12, 17, 17\], got"
+    with pytest.raises(ValueError, match=expected):
         alexnet("mini", 4)(torch.zeros(shape))
 
 

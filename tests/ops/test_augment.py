@@ -1,8 +1,11 @@
 import itertools
 import math
+import re
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, check_augment, check_same, inside_nans, plain_augment
@@ -56,20 +59,52 @@ def test_paper(operands, triton, crop, dtype):
     check_augment(*operands(2, (256, 256), (crop, crop)), dtype=dtype)
 
 
+PACKINGS = {
+    "padded": ((2, 0, 0, 1), 1),
+    "padded to vectors": ((0, 4, 1, 2), 1),
+    "blocks of 2": ((1, 3, 0, 3), 2),
+    "blocks of 3": ((0, 3, 1, 1), 3),
+    "blocks of 4": ((5, 3, 1, 2), 4),
+    "padding of whole blocks": ((8, 8, 8, 7), 4),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS)
+def test_packed(operands, backend, packing, shift, dtype):
+    check_augment(*operands(3, (27, 26), (25, 24), shift=shift), dtype, *packing)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_paper_packed(operands, triton, dtype):
+    check_augment(*operands(2, (256, 256), (224, 224)), dtype, (0, 4, 0, 4), 4)
+
+
 @st.composite
 def augmentations(draw):
     crop = draw(st.integers(1, 12)), draw(st.integers(1, 12))
     stored = tuple(side + draw(st.integers(0, 5)) for side in crop)
     shift, seed = draw(st.booleans()), draw(st.integers(0, 99))
     std, dtype = draw(st.floats(0.1, 1000.0)), draw(st.sampled_from(DTYPES))
-    return draw(st.integers(1, 6)), stored, crop, shift, seed, std, dtype
+    return draw(st.integers(1, 6)), stored, crop, shift, seed, std, dtype, *draw(packings(crop))
+
+
+@st.composite
+def packings(draw, crop):
+    """Padding, and blocks that divide what is padded."""
+    block = draw(st.integers(1, 5))
+    top, left = draw(st.integers(0, 5)), draw(st.integers(0, 5))
+    bottom = -(top + crop[0]) % block + block * draw(st.integers(0, 2))
+    right = -(left + crop[1]) % block + block * draw(st.integers(0, 2))
+    return (left, right, top, bottom), block
 
 
 def check_case(device, case):
-    *sizes, std, dtype = case
+    *sizes, std, dtype, padding, space_to_depth = case
     images, corners, flips, mean, _, shift = make(device, *sizes)
     with alexkern.use_backend("triton"):
-        check_augment(images, corners, flips, mean, std, shift, dtype)
+        check_augment(images, corners, flips, mean, std, shift, dtype, padding, space_to_depth)
 
 
 @given(augmentations())
@@ -99,6 +134,22 @@ def test_every_view(device, backend):
             assert crops[row][column][channel] == ((top + row) * 8 + place) * 3 + channel
 
 
+def test_where_each_value_goes(device, backend):
+    """As the docstring says, for pixels that say where they are."""
+    places = torch.arange(1, 7 * 9 * 3 + 1, dtype=torch.uint8, device=device).view(1, 7, 9, 3)
+    corners, flips = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.tensor([False])
+    mean = torch.zeros(7, 9, 3, device=device)
+    packing = {"padding": (1, 2, 3, 2), "space_to_depth": 4}
+    output = ops.augment(places, corners, flips.to(device), mean, **packing)
+    assert output.shape == (1, 48, 3, 3)
+    expected = torch.zeros_like(output)
+    for row, column, channel in itertools.product(range(7), range(9), range(3)):
+        below, right = row + 3, column + 1
+        depth = (channel * 4 + below % 4) * 4 + right % 4
+        expected[0, depth, below // 4, right // 4] = (row * 9 + column) * 3 + channel + 1
+    check_same(output, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_corners_are_clamped(operands, device, backend, dtype):
     """Whatever they say, no crop leaves its image."""
@@ -111,19 +162,41 @@ def test_corners_are_clamped(operands, device, backend, dtype):
     check_same(ops.augment(images, outside, flips, mean), expected)
 
 
+UNPACKED = ((0, 0, 0, 0), 1)
+# of crops of (29, 24)
+EITHER = pytest.mark.parametrize("packing", [UNPACKED, ((1, 3, 0, 3), 4)], ids=["plain", "packed"])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(5, (30, 28), (29, 24)), (3, (24, 27), (23, 21))], ids=str)
-def test_shipped_configurations(operands, triton, sizes, dtype):
+@pytest.mark.parametrize(
+    ("sizes", "packing"),
+    [
+        ((5, (30, 28), (29, 24)), UNPACKED),
+        ((3, (24, 27), (23, 21)), UNPACKED),
+        ((5, (30, 28), (29, 24)), ((1, 3, 0, 3), 4)),
+        ((3, (24, 27), (23, 21)), ((1, 2, 1, 0), 3)),
+    ],
+    ids=str,
+)
+def test_shipped_configurations(operands, triton, sizes, packing, dtype):
     """Several programs per crop: the last one is not full."""
     with shipped_configurations():
-        check_augment(*operands(*sizes), dtype=dtype)
+        check_augment(*operands(*sizes), dtype, *packing)
 
 
+@EITHER
 @pytest.mark.parametrize("images", [1, 2, 5, 8])
-def test_images_per_program(operands, triton, monkeypatch, images):
+def test_images_per_program(operands, triton, monkeypatch, images, packing):
     monkeypatch.setattr(config, "images_per_program", lambda *_: images)
     with shipped_configurations():
-        check_augment(*operands(5, (30, 28), (29, 24)))
+        check_augment(*operands(5, (30, 28), (29, 24)), torch.float32, *packing)
+
+
+def test_vectors_of_packed_pixels(operands, triton, launches):
+    """16 bytes together in half precision, as 8 divides the depth of 48."""
+    arguments = operands(2, (30, 28), (29, 24))
+    ops.augment(*arguments, dtype=torch.bfloat16, padding=(1, 3, 0, 3), space_to_depth=4)
+    assert [made.constants["VECTOR"] for made in launches] == [8]
 
 
 def test_as_many_images_per_program_as_fill_the_gpu(device):
@@ -134,28 +207,29 @@ def test_as_many_images_per_program_as_fill_the_gpu(device):
         ]
 
 
-def test_offsets_of_64_bits(operands, triton, launches, monkeypatch):
+@EITHER
+def test_offsets_of_64_bits(operands, triton, monkeypatch, packing):
     monkeypatch.setattr(launch, "_INT32_LIMIT", 0)
+    arguments = operands(3, (30, 28), (29, 24))
     with launch.record_launches() as recorded:
-        ops.augment(*operands(3, (11, 14), (7, 8)))
+        ops.augment(*arguments, padding=packing[0], space_to_depth=packing[1])
     assert [made.constants["INT64"] for made in recorded] == [True]
-    check_augment(*operands(3, (11, 14), (7, 8)))
+    check_augment(*arguments, torch.float32, *packing)
 
 
+@EITHER
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shipped", [False, True])
-def test_guard_bands(operands, triton, guard_bands, shipped, dtype):
+def test_guard_bands(operands, triton, guard_bands, shipped, dtype, packing):
     arguments = operands(3, (30, 28), (29, 24))
-    if shipped:
-        with shipped_configurations():
-            ops.augment(*arguments, dtype=dtype)
-    else:
-        ops.augment(*arguments, dtype=dtype)
+    with shipped_configurations() if shipped else nullcontext():
+        ops.augment(*arguments, dtype=dtype, padding=packing[0], space_to_depth=packing[1])
 
 
-def test_one_launch_and_no_copy(operands, triton, launches):
-    arguments = operands(3, (11, 14), (7, 8))
-    ops.augment(*arguments)
+@EITHER
+def test_one_launch_and_no_copy(operands, triton, launches, packing):
+    arguments = operands(3, (30, 28), (29, 24))
+    ops.augment(*arguments, padding=packing[0], space_to_depth=packing[1])
     (made,) = launches
     given = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
     assert all(map(lambda a, b: a.data_ptr() == b.data_ptr(), made.arguments, given))
@@ -208,11 +282,26 @@ def test_nan_and_infinite_means(operands, backend):
     assert truth.isnan().sum() == truth.isneginf().sum() == 2
 
 
+@pytest.mark.parametrize("space_to_depth", [1, 2])
+def test_padding_is_zero_whatever_is_added(operands, device, backend, space_to_depth):
+    images, corners, flips, _, std, _ = operands(2, (6, 6), (4, 4))
+    mean = torch.full((4, 4, 3), math.nan, device=device)
+    shift = torch.tensor([[math.inf, math.nan, -1.0]] * 2, device=device)
+    packing = {"padding": (2, 2, 0, 2), "space_to_depth": space_to_depth}
+    output = ops.augment(images, corners, flips, mean, std, shift, **packing)
+    expected = F.pad(torch.full((2, 3, 4, 4), math.nan, device=device), (2, 2, 0, 2))
+    check_same(output, F.pixel_unshuffle(expected, space_to_depth))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_batch(operands, backend, dtype):
     output = ops.augment(*operands(0, (11, 14), (7, 8)), dtype=dtype)
     assert output.shape == (0, 3, 7, 8)
     assert output.dtype == dtype
+    packing = {"padding": (0, 4, 1, 0), "space_to_depth": 4}
+    packed = ops.augment(*operands(0, (11, 14), (7, 8)), dtype=dtype, **packing)
+    assert packed.shape == (0, 48, 2, 3)
+    assert packed.dtype == dtype
 
 
 def test_nothing_is_learnt(operands, backend):
@@ -274,3 +363,26 @@ def test_refuses_bad_deviations(operands, backend, std):
 def test_refuses_other_dtypes(operands, backend, dtype):
     with pytest.raises(RuntimeError, match=f"got {dtype}"):
         ops.augment(*operands(3, (11, 14), (7, 8)), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("padding", "space_to_depth", "named"),
+    [
+        ((0, -1, 0, 0), 1, "must not be negative .* got padding=(0, -1, 0, 0)"),
+        ((0, 0, 0, 0), 0, "space_to_depth must be positive, got .* and space_to_depth=0"),
+        ((0, 4, 0, 0), 4, "space_to_depth=4 does not divide [7, 12], .* [7, 8] with"),
+        ((0, 0, 1, 0), 3, "space_to_depth=3 does not divide [8, 8]"),
+    ],
+)
+def test_refuses_blocks_that_do_not_fit(operands, backend, padding, space_to_depth, named):
+    pattern = ".*".join(map(re.escape, named.split(".*")))
+    with pytest.raises(RuntimeError, match=pattern):
+        ops.augment(*operands(3, (11, 14), (7, 8)), padding=padding, space_to_depth=space_to_depth)
+
+
+@pytest.mark.parametrize(
+    ("padding", "space_to_depth"), [((0, 0.0, 0, 0), 1), ((0, 0), 1), ((0, 0, 1, 0), 2.0)]
+)
+def test_refuses_what_is_no_int(operands, backend, padding, space_to_depth):
+    with pytest.raises(TypeError, match="four ints"):
+        ops.augment(*operands(3, (11, 14), (7, 8)), padding=padding, space_to_depth=space_to_depth)

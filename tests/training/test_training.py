@@ -153,6 +153,27 @@ def test_the_network_is_evaluated_on_centres_less_the_mean_of_centres(amp):
     np.testing.assert_allclose(inputs.double().numpy(), centres, rtol=eps, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kernels", "shape"),
+    [("triton", (12, 17, 17)), ("torch", (3, 32, 32)), ("auto", (3, 32, 32))],
+)
+def test_the_kernels_are_given_packed_images(kernels, shape, tmp_path):
+    """In training and in evaluation."""
+    seen = []
+    trainer = small_trainer(kernels=kernels)
+
+    def stop(_, arguments):
+        seen.append(tuple(arguments[0].shape[1:]))
+        raise InterruptedError
+
+    trainer.model.register_forward_pre_hook(stop)
+    with pytest.raises(InterruptedError):
+        trainer.evaluate()
+    with pytest.raises(InterruptedError):
+        trainer.train(1, tmp_path)
+    assert seen == [shape, shape]
+
+
 @pytest.mark.parametrize("stop", [5, 8], ids=["at an epoch's end", "in an epoch"])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop):
     through = train(small_trainer(), 12, tmp_path / "through")
