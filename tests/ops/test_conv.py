@@ -148,6 +148,67 @@ def test_any_long(randn, case):
     check_convolution(randn, case)
 
 
+@st.composite
+def wide_convolutions(draw):
+    """Kernels to 11, strides to 4, channels to 97 and groups of any number that divides them."""
+    kernel, stride, dilation = draw(
+        st.tuples(*[st.tuples(*[st.integers(1, most)] * 2) for most in (11, 4, 3)])
+    )
+    in_channels = draw(st.integers(1, 97))
+    divisors = [g for g in range(1, in_channels + 1) if in_channels % g == 0]
+    groups = draw(st.sampled_from(divisors))
+    group_out = draw(st.integers(1, max(1, 97 // groups)))
+    padding = draw(st.tuples(*[st.integers(0, 5)] * 4))
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    size = [draw(st.integers(1, 5)) + span for span in spans]
+    keys = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    shapes = (2, in_channels, *size), (groups * group_out, in_channels // groups, *kernel)
+    dtype = draw(st.sampled_from([torch.float32, torch.float16]))
+    return *shapes, dtype, draw(st.sampled_from(LAYOUTS)), keys
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(wide_convolutions())
+def test_sweep(randn, case):
+    check_convolution(randn, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [3, 4])
+@pytest.mark.parametrize("layer", PAPER)
+def test_paper_in_batches(randn, triton, layer, batch, dtype):
+    (_, *image), weight_shape, keys = PAPER[layer]
+    tensors = operands(randn, (batch, *image), weight_shape, dtype, "channels_last")
+    check_conv(*tensors, needs_input=layer != "conv1", **keys)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="batch 128 needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layer", PAPER)
+def test_paper_at_its_batch(randn, triton, layer, dtype):
+    (_, *image), weight_shape, keys = PAPER[layer]
+    tensors = operands(randn, (128, *image), weight_shape, dtype, "channels_last")
+    check_conv(*tensors, needs_input=layer != "conv1", **keys)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="2**31 elements need a GPU")
+def test_offsets_beyond_32_bits(triton, device):
+    """The last image of a large batch is computed as it is alone, and so are its gradients."""
+    batch = 2**31 // (64 * 64 * 64) + 2
+    image = torch.randn(batch, 64, 64, 64, device=device, dtype=torch.bfloat16)
+    image = image.to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(16, 64, 3, 3, device=device, dtype=torch.bfloat16) / 24
+    last = image.detach()[-1:].clone(memory_format=torch.channels_last).requires_grad_()
+    output = ops.conv2d_bias_relu(image, weight, None, 2, 1)
+    alone = ops.conv2d_bias_relu(last, weight, None, 2, 1)
+    torch.testing.assert_close(output[-1:], alone, rtol=2**-7, atol=2**-7)
+    output.backward(torch.ones_like(output))
+    alone.backward(torch.ones_like(alone))
+    torch.testing.assert_close(image.grad[-1:], last.grad, rtol=2**-6, atol=2**-6)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("dtype", "input_shape", "weight_shape"),
