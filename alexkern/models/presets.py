@@ -80,10 +80,11 @@ class Preset:
 
     @property
     def packing(self) -> Packing | None:
-        """How to pack the input, so that conv1 has stride 1 and a smaller kernel for the same.
+        """How to pack the input, so that conv1 has stride 1, a smaller kernel and no padding.
 
-        Blocks of stride x stride pixels become one. The kernel, in blocks, is rounded up, and so
-        is what it reads. None where the stride is 1, or where conv1 leaves out whole blocks.
+        Blocks of stride x stride pixels become one, with as many times the channels. The kernel
+        covers whole blocks then, and padding on the right and below is what they need. None
+        where the stride is 1, or where conv1 reads less than the image that it is given.
         """
         left, right, top, bottom = self.conv1_padding
         right, bottom = self._padding_behind(left, right), self._padding_behind(top, bottom)
