@@ -149,7 +149,8 @@ def check_budget(kernels: list[CompiledKernel]) -> None:
             assert counts["copy_narrower"] == 0, kernel
             assert kernel.programs_per_multiprocessor > 0, kernel
         elif kernel.stem in MEMORY_BOUND or kernel.kernel == "conv2d_epilogue_backward":
-            assert counts["load_16_bytes"] > 0, kernel
+            # packed, neighbours in the result are three values apart in the mean
+            assert counts["load_16_bytes"] > 0 or kernel.layer == "augment packed", kernel
             assert counts["store_16_bytes"] > 0, kernel
 
 
