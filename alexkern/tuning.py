@@ -22,7 +22,7 @@ from alexkern.ops import conv_passes
 from alexkern.ops.conv_passes import Extents
 from alexkern.runtime import config, dispatch, vendor
 from alexkern.runtime.dispatch import Candidate, Choice, Convolution
-from alexkern.runtime.launch import record_launches
+from alexkern.runtime.launch import poisoned_allocations, record_launches
 from alexkern.runtime.timing import ROUNDS, Program, operand_sets, sample, side_stream
 
 _DTYPES = {
@@ -94,19 +94,19 @@ def choices(problem: Convolution, device: torch.device) -> list[Choice]:
 def _measure(problem: Convolution, device: torch.device, rounds: int) -> list[Candidate]:
     sets = [_operands(problem, device) for _ in range(_sets(problem, device))]
     own = Choice(vendor="channels_last" if problem.channels_last else "nchw")
-    ratio = _error_ratio(_truth(problem, sets[0]), _call(problem, sets[0], own)())
+    eps = 2.0**-10 if problem.dtype == "tf32" else torch.finfo(_DTYPES[problem.dtype]).eps
+    ratio = _error_ratio(_truth(problem, sets[0]), _call(problem, sets[0], own)(), eps)
     programs: dict[str, Program] = {}
     found: dict[str, Candidate] = {}
     for choice in choices(problem, device):
         name = str(choice)
         try:
             calls = [_call(problem, operands, choice) for operands in sets]
-            program = Program(calls, device)
-            program.run()
-            error = ratio(program.result)
+            with poisoned_allocations():  # an element that nobody writes is wrong, too
+                error = ratio(calls[0]())
             failure = "" if error <= 1 else "wrong result"
             if not failure:
-                programs[name] = program
+                programs[name] = Program(calls, device)
             found[name] = Candidate(name, None, error, failure)
         except Exception as error:
             found[name] = Candidate(name, None, None, f"{type(error).__name__}: {error}"[:200])
@@ -184,9 +184,8 @@ def _truth(problem: Convolution, operands: _Operands) -> Tensor:
         return torch.autograd.grad(output, leaves[problem.direction], output_grad)[0]
 
 
-def _error_ratio(truth: Tensor, own: Tensor) -> Callable[[Tensor], float]:
+def _error_ratio(truth: Tensor, own: Tensor, eps: float) -> Callable[[Tensor], float]:
     """Largest or RMS error of a result over what is allowed, whichever is larger."""
-    eps = torch.finfo(own.dtype).eps
 
     def largest(value: Tensor) -> Tensor:
         return value.abs().max()

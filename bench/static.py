@@ -100,7 +100,7 @@ TRIPS: dict[str, Callable[[Any], tuple[int, ...]]] = {
     ),
     "conv2d_epilogue_backward": lambda p: (_ceil(p.pixels_per_split, p.BLOCK_M),),
     "linear_epilogue_backward": lambda p: (_ceil(p.rows_per_split, p.BLOCK_M),),
-    "sum_partials": lambda p: (p.splits // 4, p.splits % 4),  # unrolled by the compiler
+    "sum_partials": lambda p: (_ceil(p.splits, p.ROWS),),
     "lrn_max_pool_forward": lambda p: (p.OUT_ROWS,),
     "lrn_max_pool_backward": lambda p: (p.STEPS,) if p.STEPS > 1 else (),
     "step_1_formula": lambda p: (5,),

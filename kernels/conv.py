@@ -626,18 +626,24 @@ def sum_partials(
     sum_pointer,
     count,
     splits,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """sum[i] = partial[0, i] + partial[1, i] + ..., in this order."""
+    """sum[i] = partial[0, i] + partial[1, i] + ..., in an order that depends on ROWS alone.
+
+    Threads take every ROWS-th partial sum, so that few numbers are not summed one by one.
+    """
     program = tl.program_id(0)
     if INT64:
         program = program.to(tl.int64)
     offsets = program * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < count
-    total = tl.zeros((BLOCK,), tl.float32)
-    source = offsets
-    for _ in range(splits):
-        total += tl.load(partial_pointer + source, mask=mask, other=0.0)
-        source += count
-    tl.store(sum_pointer + offsets, total.to(sum_pointer.dtype.element_ty), mask=mask)
+    row = tl.arange(0, ROWS).to(offsets.dtype)[:, None]
+    mask = (offsets < count)[None, :]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, splits, ROWS):
+        inside = mask & (start + row < splits)
+        partial = partial_pointer + ((start + row) * count + offsets[None, :])
+        total += tl.load(partial, mask=inside, other=0.0)
+    result = tl.sum(total, axis=0).to(sum_pointer.dtype.element_ty)
+    tl.store(sum_pointer + offsets, result, mask=offsets < count)

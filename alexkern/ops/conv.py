@@ -224,7 +224,9 @@ def _epilogue_backward(
     channels_last = is_channels_last(output_grad)
     tile = config.column_sum(output_grad, images * image_pixels, channels, channels_last)
     programs = -(-channels // tile.block_n)
-    splits, pixels_per_split = split_sum(output_grad, programs, images * image_pixels, tile.block_m)
+    pixels = images * image_pixels
+    wanted = config.column_splits(output_grad, programs, pixels, tile.block_m, least_steps=4)
+    splits, pixels_per_split = split_sum(wanted, pixels, tile.block_m)
     masked = output_grad
     if relu:
         masked = empty(output_grad.shape, output_grad, channels_last=channels_last)
@@ -236,7 +238,7 @@ def _epilogue_backward(
         output if relu else output_grad,
         masked,
         partial,
-        images * image_pixels,
+        pixels,
         image_pixels,
         pixels_per_split,
         CHANNELS=channels,

@@ -458,7 +458,8 @@ def _launch_weight_grad(
         programs *= -(-geometry.GROUP_IN // tile.block_n) * taps
     else:
         programs *= -(-geometry.products // tile.block_n)
-    splits, pixels_per_split = split_sum(output_grad, programs, pixels, tile.block_k)
+    wanted = config.product_splits(output_grad, programs, pixels, tile.block_k)
+    splits, pixels_per_split = split_sum(wanted, pixels, tile.block_k)
     partial = weight_grad
     if splits > 1:
         partial = empty((splits, weight_grad.numel()), weight_grad, torch.float32)
@@ -499,25 +500,22 @@ def _launch_weight_grad(
         sum_partials(partial, weight_grad)
 
 
-def split_sum(
-    tensor: Tensor, programs: int, length: int, block: int, least_steps: int = 8
-) -> tuple[int, int]:
-    """Number of partial sums and length of each, a multiple of ``block``."""
-    wanted = config.splits(tensor, programs, length, block, least_steps)
+def split_sum(wanted: int, length: int, block: int) -> tuple[int, int]:
+    """Number of partial sums, ``wanted`` at most, and length of each, a multiple of ``block``."""
     each = -(-length // (wanted * block)) * block
     return -(-length // each), each
 
 
 def sum_partials(partial: Tensor, result: Tensor) -> None:
     """Write the sum of ``partial``, float32 [splits, *], over its splits into ``result``."""
-    blocks = config.pointwise(result, 1)
+    rows, block = config.partial_sums(result, partial.shape[0])
     launch(
         device_code("conv").sum_partials,
-        blocks.programs(result.numel()),
+        (-(-result.numel() // block),),
         partial,
         result,
         result.numel(),
         partial.shape[0],
-        BLOCK=blocks.block,
-        num_warps=blocks.num_warps,
+        ROWS=rows,
+        BLOCK=block,
     )

@@ -204,7 +204,8 @@ def _launch_backward(
     rows, units = output_grad.shape
     tile = config.column_sum(output_grad, rows, units, channels_last=True)
     programs = -(-units // tile.block_n)
-    splits, rows_per_split = split_sum(output_grad, programs, rows, tile.block_m, least_steps=1)
+    wanted = config.column_splits(output_grad, programs, rows, tile.block_m, least_steps=1)
+    splits, rows_per_split = split_sum(wanted, rows, tile.block_m)
     masked = empty(output_grad.shape, output_grad)
     partial = empty((splits, units), output_grad, torch.float32)
     launch(

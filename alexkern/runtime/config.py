@@ -284,15 +284,39 @@ def column_sum(tensor: Tensor, pixels: int, channels: int, channels_last: bool) 
     return ColumnSumConfig(32, 64, 4) if channels_last else ColumnSumConfig(256, 8, 4)
 
 
-def splits(tensor: Tensor, programs: int, length: int, block: int, least_steps: int = 8) -> int:
-    """Into how many partial sums to cut a sum of ``length``, taken in steps of ``block``.
+def column_splits(tensor: Tensor, programs: int, length: int, block: int, least_steps: int) -> int:
+    """Into how many partial sums to cut a column's sum of ``length``, in steps of ``block``.
 
-    Enough for two programs per multiprocessor, but at least ``least_steps`` each.
+    As many as give each multiprocessor eight programs, whose loads wait for memory side by side;
+    but at least ``least_steps`` each.
     """
     if for_interpreter(tensor):
         return 1
-    wanted = -(-2 * _MULTIPROCESSORS // programs)
-    return max(1, min(wanted, length // (least_steps * block)))
+    return max(1, min(8 * _MULTIPROCESSORS // programs, length // (least_steps * block)))
+
+
+def product_splits(tensor: Tensor, programs: int, length: int, block: int) -> int:
+    """Into how many partial sums to cut a product's sum of ``length``, in steps of ``block``.
+
+    Of those that give two programs at most to a multiprocessor, the fewest for which the busiest
+    multiprocessor has least to do; but at least eight steps each.
+    """
+    if for_interpreter(tensor):
+        return 1
+    most = min(2 * _MULTIPROCESSORS // programs, length // (8 * block))
+    return min(
+        range(1, max(most, 1) + 1),
+        key=lambda count: -(-programs * count // _MULTIPROCESSORS) / count,
+    )
+
+
+def partial_sums(result: Tensor, splits: int) -> tuple[int, int]:
+    """Partial sums taken at a time, and numbers per program, where each is a sum of ``splits``."""
+    if for_interpreter(result):
+        return power_of_two(splits), min(1024, power_of_two(result.numel()))
+    # enough programs for all multiprocessors before several threads share a number
+    rows = 1 if result.numel() > 1024 * _MULTIPROCESSORS else min(64, power_of_two(splits))
+    return rows, 1024 if rows == 1 else 32
 
 
 def candidates(kind: type[PointwiseConfig] | type[MatmulConfig]) -> list[Any]:

@@ -168,6 +168,11 @@ class TestConfig:
 
     def test_splits_leave_work_for_each(self):
         gpu = torch.empty(1, device="meta")
-        assert config.splits(gpu, 1, 100, 32) == 1
-        assert config.splits(gpu, 1, 10**6, 32) == 264
-        assert config.splits(gpu, 1000, 10**6, 32) == 1
+        assert config.column_splits(gpu, 1, 100, 32, 4) == 1
+        assert config.column_splits(gpu, 2, 10**6, 32, 4) == 528
+        assert config.column_splits(gpu, 10**4, 10**6, 32, 4) == 1
+        assert config.product_splits(gpu, 1, 100, 32) == 1
+        assert config.product_splits(gpu, 1, 10**6, 32) == 132
+        assert config.product_splits(gpu, 1000, 10**6, 32) == 1
+        # 27 tiles: 9 times as many fill 132 multiprocessors twice better than 4 times once
+        assert config.product_splits(gpu, 27, 10**6, 32) == 9
