@@ -165,7 +165,7 @@ def _call(problem: Convolution, operands: _Operands, choice: Choice) -> Callable
     if problem.direction == "forward":
         return partial(conv_passes.convolve, input, weight, bias, extents, True, choose)
     if problem.direction == "input_grad":
-        passed = output_grad, weight, input.shape, extents, choose
+        passed = output_grad, weight, input.shape, extents, problem.channels_last, choose
         return partial(conv_passes.convolution_input_grad, *passed)
     return partial(conv_passes.convolution_weight_grad, output_grad, input, weight, extents, choose)
 

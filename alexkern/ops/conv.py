@@ -203,7 +203,7 @@ class _Conv2dBiasReLU(Function):
         input_grad = weight_grad = None
         if needs_input:
             input_grad = convolution_input_grad(
-                output_grad, weight, ctx.input_shape, ctx.extents, ctx.choose
+                output_grad, weight, ctx.input_shape, ctx.extents, ctx.channels_last, ctx.choose
             )
         if needs_weight:
             weight_grad = convolution_weight_grad(

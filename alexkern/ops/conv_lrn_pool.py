@@ -130,6 +130,7 @@ class _Conv2dBiasReLULRNMaxPool2d(Function):
                 code,
             )
             ctx.plan, ctx.input_shape = plan, input.shape
+            ctx.channels_last = is_channels_last(input)
         return output
 
     @staticmethod
@@ -147,7 +148,7 @@ class _Conv2dBiasReLULRNMaxPool2d(Function):
         input_grad = weight_grad = None
         if needs_input:
             input_grad = conv_passes.convolution_input_grad(
-                grad, weight, ctx.input_shape, plan.extents, plan.choose
+                grad, weight, ctx.input_shape, plan.extents, ctx.channels_last, plan.choose
             )
         if needs_weight:
             weight_grad = conv_passes.convolution_weight_grad(

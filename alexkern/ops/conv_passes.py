@@ -94,14 +94,17 @@ def chooser(tensor: Tensor) -> Chooser:
 
 
 def _problem(
-    direction: str, like: Tensor, input_shape: Sequence[int], weight: Tensor, extents: Extents
+    direction: str,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    extents: Extents,
+    channels_last: bool,
 ) -> dispatch.Convolution:
-    dtype = str(like.dtype).removeprefix("torch.")
+    dtype = str(weight.dtype).removeprefix("torch.")
     if dtype == "float32" and convolution_fp32_precision() == "tf32":
         dtype = "tf32"
-    layout = is_channels_last(like)
     return dispatch.Convolution(
-        direction, dtype, layout, tuple(input_shape), tuple(weight.shape), *extents
+        direction, dtype, channels_last, tuple(input_shape), tuple(weight.shape), *extents
     )
 
 
@@ -115,12 +118,13 @@ def convolve(
 ) -> Tensor:
     """The output for dense operands, in the input's layout."""
     bias = None if bias is None else bias.contiguous()
-    choice = choose(_problem("forward", input, input.shape, weight, extents))
+    channels_last = is_channels_last(input)
+    choice = choose(_problem("forward", weight, input.shape, extents, channels_last))
     if choice.vendor:
         output = vendor.convolve(input, weight, extents, choice.vendor)
         return finish(output, bias, relu)
     shape = (input.shape[0], weight.shape[0], *extents.output_size(input, weight))
-    output = empty(shape, input, channels_last=is_channels_last(input))
+    output = empty(shape, input, channels_last=channels_last)
     if _gains_from_depth(weight, extents):
         input = _deepened_input(input, shape, weight, extents)
         weight, extents = _deepened_weight(weight, extents), _UNIT
@@ -162,17 +166,18 @@ def convolution_input_grad(
     weight: Tensor,
     input_shape: Sequence[int],
     extents: Extents,
+    channels_last: bool,
     choose: Chooser,
 ) -> Tensor:
-    """The input gradient from that before bias and ReLU, in the layout of that.
+    """The input gradient from that before bias and ReLU.
 
     Pixels that leave the same rest when divided by the stride are reached by the same taps, every
     so many: for these it is a convolution of the output gradient with stride 1.
     """
-    choice = choose(_problem("input_grad", output_grad, input_shape, weight, extents))
-    channels_last = is_channels_last(output_grad)
+    choice = choose(_problem("input_grad", weight, input_shape, extents, channels_last))
     if choice.vendor:
-        return vendor.input_grad(output_grad, weight, input_shape, extents, choice.vendor)
+        gradient = vendor.input_grad(output_grad, weight, input_shape, extents, choice.vendor)
+        return dense_as(gradient, channels_last)
     input_grad = empty(input_shape, output_grad, channels_last=channels_last)
     if channels_last:
         weight = dense_as(weight, channels_last=True)
@@ -425,7 +430,8 @@ def convolution_weight_grad(
     output_grad: Tensor, input: Tensor, weight: Tensor, extents: Extents, choose: Chooser
 ) -> Tensor:
     """The weight gradient from that before bias and ReLU, in the weight's layout."""
-    choice = choose(_problem("weight_grad", output_grad, input.shape, weight, extents))
+    channels_last = is_channels_last(input)
+    choice = choose(_problem("weight_grad", weight, input.shape, extents, channels_last))
     if choice.vendor:
         return vendor.weight_grad(output_grad, input, weight, extents, choice.vendor)
     if _gains_from_depth(weight, extents):

@@ -2,7 +2,7 @@
 
 ``nchw`` and ``channels_last`` say in which layout the vendor works: operands in the other one are
 copied, and so is the result. ``..._split`` makes one plain convolution per group, of contiguous
-parts. Results come in the layout of what was given.
+parts. Output and weight gradient come in the layout of input and weight.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ def convolve(input: Tensor, weight: Tensor, extents: Extents, variant: str) -> T
 def input_grad(
     output_grad: Tensor, weight: Tensor, input_shape: Sequence[int], extents: Extents, variant: str
 ) -> Tensor:
-    """The gradient of :func:`convolve`'s input, in the layout of ``output_grad``."""
+    """The gradient of :func:`convolve`'s input, in whatever layout."""
     _, (left, right, top, bottom), _, groups = extents
     shape = list(input_shape)
     if (left, top) != (right, bottom):
@@ -57,7 +57,7 @@ def input_grad(
     gradient = _join(gradients, 1)
     if (left, top) != (right, bottom):
         gradient = gradient[:, :, top : top + input_shape[2], left : left + input_shape[3]]
-    return dense_as(gradient, is_channels_last(output_grad))
+    return gradient
 
 
 def weight_grad(

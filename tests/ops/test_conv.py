@@ -362,6 +362,13 @@ def test_strided_weight_and_gradient(randn, backend):
     check_same(strange.grad, usual.grad)
 
 
+def test_gradient_keeps_the_inputs_format_where_the_output_has_one_pixel(randn, triton):
+    input, weight, _ = operands(randn, (2, 3, 5, 4), (6, 3, 5, 4), layout="channels_last")
+    (input,) = leaves(input)
+    (grad,) = torch.autograd.grad(ops.conv2d_bias_relu(input, weight).sum(), input)
+    check_format(grad, input)
+
+
 def test_channels_last_weight_keeps_its_format(randn, triton):
     tensors = leaves(*operands(randn, (2, 3, 6, 5), (4, 3, 3, 3), layout="channels_last"))
     ops.conv2d_bias_relu(*tensors).sum().backward()
