@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -280,7 +280,7 @@ def _launch_conv2d(
         *source.stride(),
         *weight.stride(),
         *result.stride(),
-        **asdict(geometry),
+        **vars(geometry),
         PADDED=padded,
         HAS_BIAS=bias is not None,
         RELU=relu,
@@ -315,7 +315,7 @@ def _launch_boxes(
     images = min(tile.block_m, config.power_of_two(batch))
     columns = tile.block_m // images
     tiles = -(-group_out // tile.block_n) * -(-batch // images) * height * -(-width // columns)
-    constants = asdict(geometry)
+    constants = dict(vars(geometry))
     del constants["STRIDE_H"], constants["STRIDE_W"]
     launch(
         device_code("conv").conv2d_boxes,
@@ -480,7 +480,7 @@ def _launch_weight_grad(
             *extent,
             weight_grad.numel(),
             *weight_grad.stride(),
-            **asdict(geometry),
+            **vars(geometry),
             **_blocks(tile),
             **_options(input, tile),
         )
@@ -497,7 +497,7 @@ def _launch_weight_grad(
             *output_grad.stride(),
             *input.stride(),
             *weight_grad.stride(),
-            **asdict(geometry),
+            **vars(geometry),
             PADDED=extents.padded,
             **_blocks(tile),
             **_options(input, tile),

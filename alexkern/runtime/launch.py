@@ -95,7 +95,7 @@ def tensor_descriptor(tensor: Tensor, block: Sequence[int]) -> Any:
 
 def underlying(argument: Any) -> Any:
     """The tensor of a descriptor; any other argument as it is."""
-    return argument.base if hasattr(argument, "block_shape") else argument
+    return argument if isinstance(argument, Tensor) else getattr(argument, "base", argument)
 
 
 def device_code(stem: str) -> ModuleType:
@@ -121,7 +121,7 @@ def launch(
     Args:
         kernel: a ``@triton.jit`` function with a constexpr INT64 as its last parameter.
         grid: numbers of programs; nothing is launched if one of them is zero.
-        arguments: tensors and numbers, in the kernel's order; all tensors on one device.
+        arguments: tensors, their descriptors and numbers, in the kernel's order; all on one device.
         num_warps: per program.
         num_stages: of software pipelining.
         constants: the kernel's constexpr parameters but INT64, which is decided here.
@@ -131,7 +131,7 @@ def launch(
     """
     if 0 in grid:
         return
-    tensors = [tensor for tensor in map(underlying, arguments) if isinstance(tensor, Tensor)]
+    tensors = [underlying(value) for value in arguments if not isinstance(value, int | float)]
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:
