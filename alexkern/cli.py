@@ -15,7 +15,8 @@ _LAYOUTS = ("channels_last", "nchw")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="alexkern", description=__doc__)
+    description = "Tools of alexkern, AlexNet's ops as fused Triton kernels."
+    parser = argparse.ArgumentParser(prog="alexkern", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_tune(commands.add_parser("tune", help="measure who computes convolutions fastest"))
     options = parser.parse_args(arguments)
