@@ -3,19 +3,21 @@
 #
 #     bash bench/on_gpu.sh                # all slices, 27 minutes
 #     bash bench/on_gpu.sh 2              # one slice, 9 minutes
-#     RESULTS=/tmp/out bash bench/on_gpu.sh 1
+#     RESULTS=/tmp/out TABLES=/tmp/tables bash bench/on_gpu.sh 1
 #
 # 1: the test suite, what cuDNN does with the paper's convolutions, every way to compute them.
 # 2: the ops against PyTorch, and a first look at the paper's training step.
 # 3: training and inference against PyTorch, the memory-bound kernels' candidates, the rest.
 #
 # The record (bench/results/<gpu>/<date>-<commit>.json) is written as each group of measurements
-# ends, so a slice that fails half way leaves what it has. The last lines are a short table. A copy
+# ends, and the table of who computes convolutions fastest (alexkern/tables, from where it ships)
+# as each of them is known, so a slice that fails half way leaves what it has. The last lines are a short table. A copy
 # without its repository names its commit in ALEXKERN_COMMIT.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 results=${RESULTS:-bench/results}
+export ALEXKERN_TABLES=${TABLES:-alexkern/tables} # which slice 1 writes, and `auto` goes by
 timed=(--benchmark-only --benchmark-quiet --results "$results")
 failed=0
 
@@ -38,7 +40,7 @@ slice_1() {
     "${workers[@]}" -p bench.outcomes --outcomes suite "$results"
   step 100 bench/bench_vendor.py --vendor "${timed[@]}"
   printf '\n== alexkern tune\n'
-  timeout --signal=INT --kill-after=15 240 python3 -m alexkern.cli tune --output "$results/tables" ||
+  timeout --signal=INT --kill-after=15 240 python3 -m alexkern.cli tune ||
     { failed=1; echo "== failed, or out of time"; }
 }
 
