@@ -97,6 +97,7 @@ def _show(options: argparse.Namespace) -> int:
     from alexkern.runtime import dispatch
 
     folders = [options.output] if options.output else [dispatch.SHIPPED, dispatch.user_folder()]
+    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
     paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
     if not paths:
         print(f"No table in {' or '.join(map(str, folders))}: nothing has been measured.")

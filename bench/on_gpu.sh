@@ -11,8 +11,8 @@
 #
 # The record (bench/results/<gpu>/<date>-<commit>.json) is written as each group of measurements
 # ends, and the table of who computes convolutions fastest (alexkern/tables, from where it ships)
-# as each of them is known, so a slice that fails half way leaves what it has. The last lines are a short table. A copy
-# without its repository names its commit in ALEXKERN_COMMIT.
+# as each of them is known, so a slice that fails half way leaves what it has. The last lines are a
+# short table. A copy without its repository names its commit in ALEXKERN_COMMIT.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=. PYTHONUNBUFFERED=1
