@@ -70,8 +70,8 @@ def run_apart(*arguments: str) -> str:
     return run.stdout
 
 
-def compile_apart(path: Path, *selections: tuple[Sequence[str], ...]) -> list[CompiledKernel]:
-    """Compile selections of targets, dtypes and layouts."""
+def compile_apart(path: Path, *selections: tuple[Any, ...]) -> list[CompiledKernel]:
+    """Compile selections: targets, dtypes, layouts, stems, whether with all candidates."""
     run_apart("-c", COMPILE, json.dumps(selections), str(path))
     return load(CompileRecord, path).kernels
 
@@ -81,7 +81,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[CompiledKernel]:
     """For sm_90: all in bf16 and channels_last, some more in fp16 and in NCHW."""
     return compile_apart(
         tmp_path_factory.mktemp("compiled") / "some.json",
-        (["sm_90"], ["bf16"], ["nhwc"]),
+        (["sm_90"], ["bf16"], ["nhwc"], static.STEMS, False),
         (["sm_90"], ["fp16"], ["nhwc"], MEMORY_BOUND),
         (["sm_90"], ["bf16"], ["nchw"], ["pool"]),
     )
@@ -160,9 +160,13 @@ def check_recorded(kernels: list[CompiledKernel]) -> None:
         pytest.skip(
             f"no record for triton {triton.__version__}: python -m bench static --record makes one"
         )
-    compiled = {(kernel.stem, *kernel.key[3:]) for kernel in kernels}
+
+    def group(kernel: CompiledKernel) -> tuple[Any, ...]:
+        return kernel.stem, static.is_candidate(kernel.layer), *kernel.key[3:]
+
+    compiled = set(map(group, kernels))
     record = load(CompileRecord, RECORD).kernels
-    recorded = [kernel for kernel in record if (kernel.stem, *kernel.key[3:]) in compiled]
+    recorded = [kernel for kernel in record if group(kernel) in compiled]
     assert differences(recorded, kernels) == []
 
 
@@ -250,7 +254,7 @@ def test_pooling_takes_less_time_for_instructions_than_for_bytes(
             assert kernel.shared_bytes == 0
 
 
-def test_every_kernel_is_recorded(bf16: list[CompiledKernel]) -> None:
+def test_every_kernel_is_recorded() -> None:
     written = {
         function.name
         for path in (*(ROOT / "kernels").glob("*.py"), ROOT / "bench" / "lrn_path.py")
@@ -259,7 +263,8 @@ def test_every_kernel_is_recorded(bf16: list[CompiledKernel]) -> None:
         and not function.name.startswith("_")
         and function.args.args[-1].arg == "INT64"  # what is launched, not what that calls
     }
-    assert {kernel.kernel for kernel in bf16} == written
+    record = load(CompileRecord, record_path("3.6.0"))
+    assert {kernel.kernel for kernel in record.kernels} == written
 
 
 def test_launches_of_a_layer_have_different_keys(bf16: list[CompiledKernel]) -> None:
