@@ -35,6 +35,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         "and keep the result in a table: under --kernels auto the fastest is used from then on."
     )
     parser.add_argument("--show", action="store_true", help="print the tables, and measure nothing")
+    parser.add_argument("--again", action="store_true", help="also what is in the table already")
     parser.add_argument("--preset", default="paper", help="network (default: %(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", default=[128], help="images per step")
     parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["bfloat16"])
@@ -56,12 +57,13 @@ def _tune(options: argparse.Namespace) -> int:
     if min(options.batch) < 1:
         raise ValueError(f"--batch must be positive, got {options.batch}")
     device = torch.device("cuda", torch.cuda.current_device())
-    problems = list(_problems(options))
     gpu = dispatch.gpu_name(device)
     path = dispatch.table_path(options.output or dispatch.user_folder(), gpu)
     table = dispatch.Table(gpu, dispatch.versions(), {})
     if path.exists() and (before := dispatch.load(path)).versions == table.versions:
         table = before
+    known = {} if options.again else table.entries
+    problems = [problem for problem in _problems(options) if problem not in known]
 
     def keep(problem: "Convolution", candidates: "list[Candidate]") -> None:
         table.entries[problem] = candidates

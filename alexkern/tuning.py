@@ -3,7 +3,9 @@
 Candidates are the vendor in every variant and this project's kernels in every configuration.
 Each is checked before it may be timed, against float64 and by the rule of the tests: its largest
 and RMS error are at most twice the vendor's, plus the rounding of the largest, or RMS, value.
-They are timed side by side (:mod:`alexkern.runtime.timing`), a forward with bias and ReLU.
+This project's kernels must also get sums of small integers, which float32 holds exactly, right to
+the bit. They are timed side by side (:mod:`alexkern.runtime.timing`), a forward with bias and
+ReLU, and the vendor with ``torch.backends.cudnn.benchmark`` on, as it should be for fixed shapes.
 """
 
 import gc
@@ -34,7 +36,15 @@ _DTYPES = {
 
 
 class DeviceLostError(Exception):
-    """An error left the GPU unusable for this process."""
+    """An error left the GPU unusable for this process.
+
+    Attributes:
+        candidates: What was found out of the problem at hand, the last of them at fault.
+    """
+
+    def __init__(self, message: str, candidates: list[Candidate]) -> None:
+        super().__init__(message)
+        self.candidates = candidates
 
 
 def problems_of(function: Callable[[], Any]) -> list[Convolution]:
@@ -62,8 +72,12 @@ def tune(
         DeviceLostError: A candidate's error left the GPU unusable; what was kept before is right.
     """
     for problem in problems:
-        with _settings(problem), side_stream(device):
-            candidates = _measure(problem, device, rounds)
+        try:
+            with _settings(problem), side_stream(device):
+                candidates = _measure(problem, device, rounds)
+        except DeviceLostError as lost:
+            keep(problem, lost.candidates)
+            raise
         keep(problem, candidates)
         gc.collect()
         if device.type == "cuda":
@@ -87,7 +101,9 @@ def choices(problem: Convolution, device: torch.device) -> list[Choice]:
     """All that could compute a problem on a device; some may turn out not to."""
     boxes = config.generation(torch.empty(0, device=device)) >= 9
     variants = [v for v in vendor.VARIANTS if problem.groups > 1 or not v.endswith("_split")]
-    tiles = [tile for tile in config.candidates(config.MatmulConfig) if boxes or not tile.boxes]
+    size = _DTYPES[problem.dtype].itemsize
+    candidates = [] if problem.dtype == "float32" else config.candidates(config.MatmulConfig, size)
+    tiles = [tile for tile in candidates if boxes or not tile.boxes]
     return [*(Choice(vendor=v) for v in variants), Choice(), *(Choice(tile=t) for t in tiles)]
 
 
@@ -96,6 +112,7 @@ def _measure(problem: Convolution, device: torch.device, rounds: int) -> list[Ca
     own = Choice(vendor="channels_last" if problem.channels_last else "nchw")
     eps = 2.0**-10 if problem.dtype == "tf32" else torch.finfo(_DTYPES[problem.dtype]).eps
     ratio = _error_ratio(_truth(problem, sets[0]), _call(problem, sets[0], own)(), eps)
+    exact = _exactness(problem, device)
     programs: dict[str, Program] = {}
     found: dict[str, Candidate] = {}
     for choice in choices(problem, device):
@@ -104,27 +121,33 @@ def _measure(problem: Convolution, device: torch.device, rounds: int) -> list[Ca
             calls = [_call(problem, operands, choice) for operands in sets]
             with poisoned_allocations():  # an element that nobody writes is wrong, too
                 error = ratio(calls[0]())
-            failure = "" if error <= 1 else "wrong result"
-            if not failure:
+                right = error <= 1 and (bool(choice.vendor) or exact(choice))
+            failure = "" if right else "wrong result"
+            if right:
                 programs[name] = Program(calls, device)
             found[name] = Candidate(name, None, error, failure)
         except Exception as error:
             found[name] = Candidate(name, None, None, f"{type(error).__name__}: {error}"[:200])
-            _check_device(device)
-    for name, seconds in sample(programs, device, rounds).items():
+            _check_device(device, list(found.values()))
+    try:
+        samples = sample(programs, device, rounds)
+    except Exception:
+        _check_device(device, list(found.values()))
+        raise
+    for name, seconds in samples.items():
         microseconds = 1e6 * median(seconds)
         found[name] = Candidate(name, microseconds, found[name].error_ratio)
     return list(found.values())
 
 
-def _check_device(device: torch.device) -> None:
+def _check_device(device: torch.device, found: list[Candidate]) -> None:
     if device.type != "cuda":
         return
     try:
         torch.randn(1, device=device)
         torch.cuda.synchronize(device)
     except Exception as error:
-        raise DeviceLostError(f"the GPU is lost: {error}") from error
+        raise DeviceLostError(f"the GPU is lost: {error}", found) from error
 
 
 def _extents(problem: Convolution) -> Extents:
@@ -135,15 +158,28 @@ def _extents(problem: Convolution) -> Extents:
 _Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _operands(problem: Convolution, device: torch.device) -> _Operands:
-    randn = partial(torch.randn, device=device, dtype=_DTYPES[problem.dtype])
-    layout = torch.channels_last if problem.channels_last else torch.contiguous_format
-    input = randn(problem.input).to(memory_format=layout)
-    fan_in = problem.weight[1] * problem.weight[2] * problem.weight[3]
-    weight = (randn(problem.weight) / fan_in**0.5).to(memory_format=layout)
+def _operands(problem: Convolution, device: torch.device, integers: bool = False) -> _Operands:
+    """Normal ones, or of -1, 0 and 1."""
+
+    def make(*shape: int) -> Tensor:
+        kinds: Any = {"device": device, "dtype": _DTYPES[problem.dtype]}
+        made = torch.randint(-1, 2, shape, **kinds) if integers else torch.randn(shape, **kinds)
+        wanted = problem.channels_last and made.dim() == 4
+        return made.to(memory_format=torch.channels_last) if wanted else made
+
+    input, weight = make(*problem.input), make(*problem.weight)
+    if not integers:
+        weight /= (problem.weight[1] * problem.weight[2] * problem.weight[3]) ** 0.5
     size = _extents(problem).output_size(input, weight)
-    output_grad = randn(problem.input[0], problem.weight[0], *size).to(memory_format=layout)
-    return input, weight, randn(problem.weight[0]), output_grad
+    output_grad = make(problem.input[0], problem.weight[0], *size)
+    return input, weight, make(problem.weight[0]), output_grad
+
+
+def _exactness(problem: Convolution, device: torch.device) -> Callable[[Choice], bool]:
+    """Whether a choice gets integers right to the bit: not one product may be missing."""
+    operands = _operands(problem, device, integers=True)
+    truth = _truth(problem, operands).to(_DTYPES[problem.dtype])
+    return lambda choice: torch.equal(_call(problem, operands, choice)(), truth)
 
 
 def _sets(problem: Convolution, device: torch.device) -> int:
@@ -223,12 +259,18 @@ def network_problems(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     with torch.device("meta"):
         model = alexnet(preset).to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
-        size = model.preset.crop_size
-        images = torch.empty(batch, 3, size, size, dtype=dtype).to(memory_format=layout)
+    size, packing = model.preset.crop_size, model.preset.packing
+    shapes = [(batch, 3, size, size)]
+    if packing:  # as the training loop has them made for this project's kernels
+        side, (left, right, *_) = packing.space_to_depth, packing.padding
+        packed = (size + left + right) // side
+        shapes.append((batch, 3 * side**2, packed, packed))
 
-    def step() -> None:
+    def steps() -> None:
         with use_backend("triton"), record_launches():
-            scores = model(images)
-            scores.backward(torch.empty_like(scores))
+            for shape in shapes:
+                images = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout)
+                scores = model(images)
+                scores.backward(torch.empty_like(scores))
 
-    return problems_of(step)
+    return problems_of(steps)

@@ -16,8 +16,8 @@ Backward, for the gradient g of y; h is g where the ReLU was open (y > 0, or y i
 
 `conv2d` computes y and dx alike. The pixels i of dx that leave the same rest when divided by the
 stride are reached by the same taps, and on these dx is a convolution of h with stride 1, whose
-taps step backwards (a negative DILATION); ops/conv.py launches it once per rest, on views of dx
-and weight. So no product with an inserted zero is ever made.
+taps step backwards (a negative DILATION); ops/conv_passes.py launches it once per rest, on views
+of dx and weight. So no product with an inserted zero is ever made.
 
 Nothing is unfolded in memory: rows of the left matrix are pixels, its columns are (tap, channel),
 addressed on the fly. All strides are arguments, so NCHW and channels_last need no copy. Sums are
@@ -131,6 +131,7 @@ def conv2d(
     program = tl.program_id(0)
     if INT64:
         program = program.to(tl.int64)
+        images = tl.cast(images, tl.int64)
     pixels = images * height * width
     tiles_n: tl.constexpr = (GROUP_OUT + BLOCK_N - 1) // BLOCK_N
     tiles_m = tl.cdiv(pixels, BLOCK_M)
@@ -171,7 +172,7 @@ def conv2d(
         )
         tap = product // GROUP_IN
         offsets = tap // KERNEL_W * weight_stride_h + tap % KERNEL_W * weight_stride_w
-        offsets += product % GROUP_IN * weight_stride_in
+        offsets += channel * weight_stride_in
         inside = (out_channel < GROUP_OUT)[None, :]
         if products % BLOCK_K != 0:
             inside = inside & (product < products)[:, None]
@@ -283,6 +284,8 @@ def conv2d_boxes(
     column = left + tl.arange(0, IMAGES * COLUMNS) % COLUMNS
     if INT64:
         image = image.to(tl.int64)
+        row = row.to(tl.int64)
+        column = column.to(tl.int64)
     pixel_offsets = image * result_stride_n + row * result_stride_h + column * result_stride_w
     channel_offsets = (group * GROUP_OUT + out_channel) * result_stride_c
     tl.store(
@@ -344,6 +347,7 @@ def conv2d_weight_grad(
     if INT64:
         program = program.to(tl.int64)
         split = split.to(tl.int64)
+        images = tl.cast(images, tl.int64)
     products: tl.constexpr = KERNEL_H * KERNEL_W * GROUP_IN
     tiles_n: tl.constexpr = (products + BLOCK_N - 1) // BLOCK_N
     tiles_m: tl.constexpr = (GROUP_OUT + BLOCK_M - 1) // BLOCK_M
@@ -479,6 +483,8 @@ def conv2d_weight_grad_boxes(
     channel = first_in + tl.arange(0, BLOCK_N)
     if INT64:
         split = split.to(tl.int64)
+        out_channel = out_channel.to(tl.int64)
+        channel = channel.to(tl.int64)
     base = split * partial_stride + tap // KERNEL_W * weight_stride_h
     base += tap % KERNEL_W * weight_stride_w
     tl.store(

@@ -13,7 +13,7 @@ from alexkern.runtime.dispatch import Candidate, Convolution, Table
 
 CPU = torch.device("cpu")
 PROBLEM = Convolution(
-    "forward", "float32", True, (2, 6, 7, 6), (4, 3, 3, 3), (2, 1), (1, 2, 0, 1), (1, 1), 2
+    "forward", "tf32", True, (2, 6, 7, 6), (4, 3, 3, 3), (2, 1), (1, 2, 0, 1), (1, 1), 2
 )
 TILES = [
     MatmulConfig(16, 16, 16, 4, 2),
@@ -24,7 +24,7 @@ TILES = [
 
 @pytest.fixture(autouse=True)
 def few_tiles(monkeypatch, tmp_path):
-    monkeypatch.setattr(config, "candidates", lambda kind: TILES)
+    monkeypatch.setattr(config, "candidates", lambda kind, element_size: TILES)
     monkeypatch.setenv("ALEXKERN_TABLES", str(tmp_path))
     monkeypatch.setattr(dispatch, "SHIPPED", tmp_path / "shipped")
 
@@ -36,7 +36,7 @@ def measured(problem=PROBLEM):
 
 
 @pytest.mark.parametrize("direction", dispatch.DIRECTIONS)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["tf32", "float16"])
 def test_every_way_is_checked_and_timed(direction, dtype):
     found = measured(dataclasses.replace(PROBLEM, direction=direction, dtype=dtype))
     boxes = found.pop("triton 16-16-16-4-2-boxes")  # 3 channels per group: no rows of 16 bytes
@@ -55,29 +55,55 @@ def test_every_way_is_checked_and_timed(direction, dtype):
         assert candidate.error_ratio <= 1
 
 
-def test_a_wrong_candidate_cannot_win(monkeypatch):
+@pytest.mark.parametrize("error", [1.0, 1e-6])
+def test_a_wrong_candidate_cannot_win(monkeypatch, error):
     launch = conv_passes._launch_conv2d
 
     def wrong(source, weight, bias, result, *arguments):
         launch(source, weight, bias, result, *arguments)
         if arguments[-1] == TILES[1]:
-            result[0, 0, 0, 0] += 1.0  # one element of many
+            result[0, 0, 0, 0] += error  # of one element of many, and be it a small one
 
     monkeypatch.setattr(conv_passes, "_launch_conv2d", wrong)
     found = measured()
     assert found["triton 32-16-16-4-2"].failure == "wrong result"
     assert found["triton 32-16-16-4-2"].microseconds is None
-    assert found["triton 32-16-16-4-2"].error_ratio > 1
+    assert (found["triton 32-16-16-4-2"].error_ratio > 1) == (error == 1.0)
     table = Table("cpu", {}, {PROBLEM: list(found.values())})
     assert table.best(PROBLEM, "triton").choice != "triton 32-16-16-4-2"
 
 
+def test_a_lost_gpu_leaves_what_was_found_and_who_did_it(monkeypatch):
+    def lose(device, found):
+        raise tuning.DeviceLostError("lost", found)
+
+    monkeypatch.setattr(tuning, "_check_device", lose)
+    boxes = dataclasses.replace(PROBLEM, direction="weight_grad")
+    kept = {}
+    with pytest.raises(tuning.DeviceLostError):
+        tuning.tune([boxes, PROBLEM], CPU, kept.__setitem__, rounds=2)
+    assert list(kept) == [boxes]
+    assert "boxes" in kept[boxes][-1].failure
+
+
+def test_the_users_settings_are_left_as_they_were(monkeypatch):
+    switch = torch.backends.cudnn
+    monkeypatch.setattr(switch, "enabled", False)
+    before = switch.conv.fp32_precision, switch.benchmark
+    measured()
+    assert (switch.conv.fp32_precision, switch.benchmark, switch.enabled) == (*before, False)
+
+
 def test_the_networks_problems():
     problems = tuning.network_problems("paper", 128, torch.bfloat16, True)
-    assert len(problems) == 14  # five layers, three passes, and no gradient of the images
+    # five layers, three passes, no gradient of the images; and the first layer on packed ones
+    assert len(problems) == 14 + 2
     assert [problem.direction for problem in problems[:5]] == ["forward"] * 5
-    first = problems[0]
-    assert (first.input, first.weight) == ((128, 3, 224, 224), (96, 3, 11, 11))
+    for first, input, weight in (
+        (problems[0], (128, 3, 224, 224), (96, 3, 11, 11)),
+        (problems[-1], (128, 48, 57, 57), (96, 48, 3, 3)),
+    ):
+        assert (first.input, first.weight) == (input, weight)
     assert all(problem.channels_last and problem.dtype == "bfloat16" for problem in problems)
 
 
@@ -103,7 +129,7 @@ class TestCommand:
         header, unused, line = capsys.readouterr().out.splitlines()
         assert header.endswith("gpu.json: GPU, torch 1")
         assert "other versions" in unused
-        assert line.startswith("forward [2, 6, 7, 6] -> 4, 3x3, stride 2, groups 2, float32")
+        assert line.startswith("forward [2, 6, 7, 6] -> 4, 3x3, stride 2, groups 2, tf32")
         assert (
             "triton wins; triton 20.0 us; vendor channels_last 30.0 us; triton is 1.50x as fast"
             in line

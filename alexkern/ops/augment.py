@@ -120,7 +120,8 @@ def _check(
 
 
 def _check_packing(mean: Tensor, padding: tuple[int, int, int, int], side: int) -> None:
-    if len(padding) != 4 or not all(isinstance(number, int) for number in (*padding, side)):
+    four = isinstance(padding, tuple | list) and len(padding) == 4
+    if not four or not all(isinstance(number, int) for number in (*padding, side)):
         raise TypeError(
             "padding must be four ints (left, right, top, bottom) and space_to_depth one, "
             f"got padding={padding} and space_to_depth={side}"

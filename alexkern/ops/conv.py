@@ -53,15 +53,15 @@ def conv2d_bias_relu(
     ``torch.backends.cudnn.conv.fp32_precision`` says so; other dtypes run the reference. Under
     autocast the operands are cast, as PyTorch casts a convolution's.
 
-    Padding, and the pixels that a stride skips in backward, are multiplied as zeros: an infinite
-    or NaN weight gives NaN there, where PyTorch's CPU convolution leaves these products out.
+    Where padding is multiplied as zeros, an infinite or NaN weight gives NaN, and where it is left
+    out it does not: that depends on who computes, as between PyTorch's own convolutions.
 
     Returns:
         [N, C_out, H_out, W_out], or without N for a 3-D input.
 
     Saves for backward: input, weight, and with ``"relu"`` the output, each only if a gradient
-    needs it. Gradients that nobody asks for are not computed. Backward is deterministic; double
-    backward raises.
+    needs it. Gradients that nobody asks for are not computed. Backward is deterministic, but for
+    the vendor's under ``auto``, which follow torch's flags; double backward raises.
 
     Raises:
         RuntimeError: what PyTorch refuses: shapes, dtypes or extents that do not fit.

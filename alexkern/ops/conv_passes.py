@@ -260,7 +260,7 @@ def _launch_conv2d(
     if weight.dim() == 4:
         weight = weight.unflatten(0, (groups, geometry.GROUP_OUT))
     sizes = groups, geometry.GROUP_IN, pixels, geometry.GROUP_OUT, geometry.products
-    tile = tile or config.matmul(source, *sizes, summed=False)
+    tile = _usable(tile, source, weight) or config.matmul(source, *sizes, summed=False)
     if tile.boxes:
         _launch_boxes(source, weight, bias, result, geometry, padding, relu, tile)
         return
@@ -287,6 +287,13 @@ def _launch_conv2d(
         **_blocks(tile),
         **_options(source, tile),
     )
+
+
+def _usable(tile: config.MatmulConfig | None, *operands: Tensor) -> config.MatmulConfig | None:
+    """A measured tile, unless it loads boxes and an operand is a view that begins anywhere."""
+    if tile and tile.boxes and any(operand.data_ptr() % 16 for operand in operands):
+        return None
+    return tile
 
 
 def _launch_boxes(
@@ -344,7 +351,10 @@ def _launch_boxes(
 
 def _pixel_boxes(image: Tensor, images: int, columns: int, channels: int) -> Any:
     """Boxes of one row of a channels_last tensor."""
-    return tensor_descriptor(image.movedim(1, -1), (images, 1, columns, channels))
+    pixels = image.movedim(1, -1)
+    if pixels.is_contiguous():  # also where an extent of 1 has a stride that says nothing
+        pixels = pixels.reshape(-1).view(pixels.shape)
+    return tensor_descriptor(pixels, (images, 1, columns, channels))
 
 
 def _options(source: Tensor, tile: config.MatmulConfig) -> dict[str, Any]:
@@ -366,8 +376,10 @@ _UNIT = Extents((1, 1), (0, 0, 0, 0), (1, 1), 1)
 
 def _gains_from_depth(weight: Tensor, extents: Extents) -> bool:
     """Whether to trade the stride for channels: where these are too few for 16-byte loads."""
-    strided = min(extents.stride) > 1 and extents.dilation == (1, 1)
-    return strided and extents.groups == 1 and weight.shape[1] % 8 != 0 and weight.shape[1] < 16
+    channels, *kernel = weight.shape[1:]
+    strided = min(extents.stride) > 1 and extents.dilation == (1, 1) and extents.groups == 1
+    reaching = all(k >= s for k, s in zip(kernel, extents.stride, strict=True))
+    return strided and reaching and channels % 8 != 0 and channels < 16
 
 
 def _deepened_input(
@@ -457,7 +469,7 @@ def _launch_weight_grad(
     images, _, height, width = output_grad.shape
     pixels = images * height * width
     sizes = extents.groups, geometry.GROUP_IN, geometry.GROUP_OUT, geometry.products, pixels
-    tile = tile or config.matmul(input, *sizes, summed=True)
+    tile = _usable(tile, input, output_grad) or config.matmul(input, *sizes, summed=True)
     programs = extents.groups * -(-geometry.GROUP_OUT // tile.block_m)
     if tile.boxes:  # each of one tap
         taps = geometry.KERNEL_H * geometry.KERNEL_W

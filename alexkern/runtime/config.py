@@ -182,9 +182,11 @@ class MatmulConfig:
         Raises:
             ValueError: Another text.
         """
-        numbers, dash, _ = name.partition("-boxes")
+        numbers = name.removesuffix("-boxes")
         block_m, block_n, block_k, num_warps, num_stages = map(int, numbers.split("-"))
-        return cls(block_m, block_n, block_k, num_warps, num_stages, bool(dash))
+        if any(power_of_two(block) != block for block in (block_m, block_n, block_k, num_warps)):
+            raise ValueError(f"no tile: {name!r}")
+        return cls(block_m, block_n, block_k, num_warps, num_stages, numbers != name)
 
 
 @contextmanager
@@ -319,8 +321,10 @@ def partial_sums(result: Tensor, splits: int) -> tuple[int, int]:
     return rows, 1024 if rows == 1 else 32
 
 
-def candidates(kind: type[PointwiseConfig] | type[MatmulConfig]) -> list[Any]:
-    """What a tuning tries: the shipped configurations for half precision among others.
+def candidates(
+    kind: type[PointwiseConfig] | type[MatmulConfig], element_size: int = 2
+) -> list[Any]:
+    """What a tuning tries: the shipped configurations for that size of elements among others.
 
     Not all fit every GPU: a launch of one that does not raises.
     """
@@ -331,6 +335,8 @@ def candidates(kind: type[PointwiseConfig] | type[MatmulConfig]) -> list[Any]:
             for warps in (2, 4, 8)
             if 1 <= block // (32 * warps) <= 32
         ]
+    if element_size == 4:
+        return list(_TENSOR_CORE_TILES[4])
     return [
         *_TENSOR_CORE_TILES[2],
         MatmulConfig(128, 128, 64, 4, 3),

@@ -8,19 +8,22 @@ Without an entry `auto` takes the vendor, and `triton` the heuristic of :mod:`.c
 """
 
 import dataclasses
+import hashlib
+import inspect
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alexkern.runtime.config import MatmulConfig
+from alexkern.runtime.launch import device_code
+from alexkern.runtime.vendor import VARIANTS
 
 DIRECTIONS = ("forward", "input_grad", "weight_grad")
 SHIPPED = Path(__file__).parents[1] / "tables"
@@ -83,7 +86,7 @@ class Choice:
             ValueError: Another text.
         """
         who, _, what = text.partition(" ")
-        if who == "vendor" and what:
+        if who == "vendor" and what in VARIANTS:
             return cls(vendor=what)
         if who != "triton":
             raise ValueError(f"not a choice: {text!r}")
@@ -136,12 +139,20 @@ def versions() -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
         "triton": triton.__version__,
+        "kernels": _kernels(),
     }
+
+
+@cache
+def _kernels() -> str:
+    """What stands for the code that was checked."""
+    return hashlib.sha256(inspect.getsource(device_code("conv")).encode()).hexdigest()[:12]
 
 
 def user_folder() -> Path:
     """Where the user's own tables lie."""
-    return Path(os.environ.get("ALEXKERN_TABLES", Path.home() / ".cache" / "alexkern"))
+    # without a home this is a folder that is not there
+    return Path(os.environ.get("ALEXKERN_TABLES") or os.path.expanduser("~/.cache/alexkern"))
 
 
 def table_path(folder: Path, gpu: str) -> Path:
@@ -158,7 +169,10 @@ def load(path: Path) -> Table:
     try:
         content = json.loads(path.read_text())
         if content["format"] != _FORMAT:
-            raise TableError(f"{path} has format {content['format']}, expected {_FORMAT}")
+            raise TableError(
+                f"{path} has format {content['format']}, expected {_FORMAT}: delete it, or measure "
+                "again with `alexkern tune`"
+            )
         entries = {
             _convolution(entry["convolution"]): [Candidate(**c) for c in entry["candidates"]]
             for entry in content["entries"]
@@ -167,7 +181,7 @@ def load(path: Path) -> Table:
             for candidate in candidates:
                 Choice.parse(candidate.choice)
         return Table(content["gpu"], content["versions"], entries)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TableError(f"{path} is no table: {type(error).__name__}: {error}") from error
 
 
@@ -193,9 +207,12 @@ def save(table: Table, path: Path) -> None:
         ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file, indent=1)
-    os.replace(file.name, path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(content, indent=1))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @cache
@@ -243,12 +260,22 @@ def share_table(device: torch.device, group: Any = None) -> None:
     Args:
         device: Of this rank; a GPU of the same kind on all.
         group: Of processes; None for all.
+
+    Raises:
+        TableError: On all ranks, if that of rank 0 cannot be read.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return
-    content = [table_of(device)]
+    content: list[Any] = [None]
+    if distributed.get_rank(group) == 0:
+        try:
+            content = [table_of(device)]
+        except TableError as error:
+            content = [error]
     distributed.broadcast_object_list(content, group=group, group_src=0)
+    if isinstance(content[0], TableError):
+        raise content[0]
     reload()
     _shared[gpu_name(device)] = content[0]
 
@@ -264,7 +291,8 @@ def recorded() -> Iterator[dict[Convolution, None]]:
     try:
         yield problems
     finally:
-        _recorders.remove(problems)
+        # not remove(), for which equal dictionaries are the same
+        _recorders[:] = [other for other in _recorders if other is not problems]
 
 
 def choose(problem: Convolution, device: torch.device, backend: str) -> Choice:
@@ -278,7 +306,7 @@ def choose(problem: Convolution, device: torch.device, backend: str) -> Choice:
     return _chosen(problem, device, backend)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _chosen(problem: Convolution, device: torch.device, backend: str) -> Choice:
     table = table_of(device)
     best = table.best(problem, "triton" if backend == "triton" else "") if table else None

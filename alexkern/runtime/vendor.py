@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexkern.runtime.launch import empty
 from alexkern.runtime.layout import dense_as, is_channels_last
 
 VARIANTS = ("nchw", "channels_last", "nchw_split", "channels_last_split")
@@ -23,6 +24,7 @@ Extents = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int
 def convolve(input: Tensor, weight: Tensor, extents: Extents, variant: str) -> Tensor:
     """``conv2d(input, weight)``, [N, C_out, H_out, W_out] in the input's layout."""
     _, (left, right, top, bottom), _, groups = extents
+    channels_last = is_channels_last(input)
     if (left, top) != (right, bottom):
         input = F.pad(input, (left, right, top, bottom))
     parts, layout = _parts(variant, groups)
@@ -30,7 +32,7 @@ def convolve(input: Tensor, weight: Tensor, extents: Extents, variant: str) -> T
         torch.ops.aten.convolution(x, w, None, *_geometry(extents, groups // parts))
         for x, w in zip(_cut(input, 1, parts, layout), _cut(weight, 0, parts, layout), strict=True)
     ]
-    return dense_as(_join(outputs, 1), is_channels_last(input))
+    return dense_as(_join(outputs, 1), channels_last)
 
 
 def input_grad(
@@ -38,18 +40,18 @@ def input_grad(
 ) -> Tensor:
     """The gradient of :func:`convolve`'s input, in whatever layout."""
     _, (left, right, top, bottom), _, groups = extents
-    shape = list(input_shape)
+    images, channels, height, width = input_shape
     if (left, top) != (right, bottom):
-        shape = [*shape[:2], shape[2] + top + bottom, shape[3] + left + right]
+        height, width = height + top + bottom, width + left + right
     parts, layout = _parts(variant, groups)
-    unread = output_grad.new_empty(shape)  # nobody needs its values
+    unread = empty((images, channels // parts, height, width), output_grad, channels_last=layout)
     gradients = [
         torch.ops.aten.convolution_backward(
             g, x, w, None, *_geometry(extents, groups // parts), (True, False, False)
         )[0]
         for g, x, w in zip(
             _cut(output_grad, 1, parts, layout),
-            _cut(unread, 1, parts, layout),
+            [unread] * parts,  # asked for its shape only
             _cut(weight, 0, parts, layout),
             strict=True,
         )
@@ -85,11 +87,11 @@ def weight_grad(
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """For float64 truths: nothing to search for, and not the library that is measured."""
-    torch.backends.cudnn.enabled = False
+    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
     try:
         yield
     finally:
-        torch.backends.cudnn.enabled = True
+        torch.backends.cudnn.enabled = before
 
 
 def _parts(variant: str, groups: int) -> tuple[int, bool]:

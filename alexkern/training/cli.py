@@ -73,6 +73,7 @@ def run(parsed: argparse.Namespace) -> int:
     from alexkern.training.loop import Trainer
 
     dataset = load_dataset(options.data, get_preset(options.preset).stored_size, options.seed)
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
     trainer = Trainer(options, dataset, device)
     if state:
         trainer.load_state_dict(state)

@@ -97,7 +97,9 @@ def test_a_table_survives_its_file(folder):
     assert [entry.name for entry in path.parent.iterdir()] == ["table.json"]
 
 
-@pytest.mark.parametrize("fault", ["cut", "format", "field", "choice"])
+@pytest.mark.parametrize(
+    "fault", ["cut", "format", "field", "magic", "vendor magic", "triton 100-16-16-4-2", 7]
+)
 def test_a_broken_file_is_named(folder, fault):
     install(table(*MEASURED), folder)
     path = dispatch.table_path(folder, "cpu")
@@ -106,8 +108,8 @@ def test_a_broken_file_is_named(folder, fault):
         content["format"] = 99
     elif fault == "field":
         del content["entries"][0]["convolution"]["groups"]
-    elif fault == "choice":
-        content["entries"][0]["candidates"][0]["choice"] = "magic"
+    elif fault != "cut":
+        content["entries"][0]["candidates"][0]["choice"] = fault
     text = json.dumps(content)
     path.write_text(text[:-9] if fault == "cut" else text)
     with pytest.raises(dispatch.TableError, match=path.name):
@@ -139,6 +141,46 @@ def test_what_is_computed_is_recorded_once_on_any_thread():
     ]
 
 
+def test_recorders_nest():
+    with use_backend("triton"), dispatch.recorded() as outer:
+        with dispatch.recorded() as inner:
+            pass
+        ops.conv2d_bias_relu(torch.ones(PROBLEM.input), torch.ones(PROBLEM.weight), None, 1, 1)
+    assert (list(outer), list(inner)) == ([PROBLEM], [])
+
+
+def test_boxes_of_a_table_give_way_to_a_view_that_begins_anywhere(folder, triton, launches):
+    shapes = (16, 32, 5, 4), (32, 32, 3, 3)
+    problem = dataclasses.replace(PROBLEM, channels_last=True, input=shapes[0], weight=shapes[1])
+    install(table(Candidate("triton 16-16-16-4-2-boxes", 1.0, 0.1), problem=problem), folder)
+    image, weight = (torch.randn(s).to(memory_format=torch.channels_last) for s in shapes)
+    room = torch.empty(image.numel() + 1)[1:]
+    moved = room.as_strided(image.shape, image.stride(), 1).copy_(image)
+    for operand, kernel in ((image, "conv2d_boxes"), (moved, "conv2d")):
+        launches.clear()
+        output = ops.conv2d_bias_relu(operand, weight, None, 1, 1)
+        assert [made.kernel.fn.__name__ for made in launches] == [kernel]
+        torch.testing.assert_close(output, torch.conv2d(image, weight, None, 1, 1).relu())
+
+
+def test_boxes_of_gradients_of_one_pixel(folder, triton):
+    """Whose strides say nothing of how they lie in memory."""
+    shapes = (3, 16, 5, 4), (32, 16, 5, 4)
+    image, weight = (torch.randn(s).to(memory_format=torch.channels_last) for s in shapes)
+    problem = dataclasses.replace(PROBLEM, channels_last=True, input=shapes[0], weight=shapes[1])
+    problem = dataclasses.replace(problem, padding=(0, 0, 0, 0))
+    boxes = [Candidate("triton 16-16-16-4-2-boxes", 1.0, 0.1)]
+    entries = {dataclasses.replace(problem, direction=name): boxes for name in dispatch.DIRECTIONS}
+    install(Table("cpu", dispatch.versions(), entries), folder)
+    ours = image.clone().requires_grad_(), weight.clone().requires_grad_()
+    theirs = image.clone().requires_grad_(), weight.clone().requires_grad_()
+    output, expected = ops.conv2d_bias_relu(*ours), torch.conv2d(*theirs).relu()
+    output.backward(torch.ones(output.shape))
+    expected.sum().backward()
+    for actual, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual.grad, exact.grad, rtol=1e-4, atol=1e-4)
+
+
 _RANK = """
 import sys, torch
 from alexkern.runtime import dispatch
@@ -147,14 +189,20 @@ rank, port = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group(
     "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
 )
-dispatch.share_table(CPU)
-print(dispatch.choose(PROBLEM, CPU, "auto"))
+try:
+    dispatch.share_table(CPU)
+    print(dispatch.choose(PROBLEM, CPU, "auto"))
+except dispatch.TableError:
+    print("broken")
 torch.distributed.destroy_process_group()
 """
 
 
-def test_all_ranks_use_the_table_of_the_first(folder):
+@pytest.mark.parametrize("broken", [False, True])
+def test_all_ranks_use_the_table_of_the_first(folder, broken):
     install(table(*MEASURED), folder)
+    if broken:
+        dispatch.table_path(folder, "cpu").write_text("{")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -170,7 +218,7 @@ def test_all_ranks_use_the_table_of_the_first(folder):
             subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
         )
     outputs = [process.communicate(timeout=120)[0].strip() for process in ranks]
-    assert outputs == ["vendor channels_last_split"] * 2
+    assert outputs == ["broken" if broken else "vendor channels_last_split"] * 2
 
 
 def test_sharing_without_a_run_changes_nothing():

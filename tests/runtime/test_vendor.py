@@ -41,6 +41,15 @@ def test_all_passes(randn, case, variant, layout):
     check_format(given[2], weight)
 
 
+@pytest.mark.parametrize("variant", vendor.VARIANTS)
+def test_one_pixel_that_could_be_of_either_format_is_contiguous(randn, variant):
+    """As everywhere here; padding must not make up its mind otherwise."""
+    input = randn(16).as_strided((2, 8, 1, 1), (8, 1, 8, 8))
+    extents = (1, 1), (1, 2, 1, 2), (1, 1), 1
+    output = vendor.convolve(input, randn(4, 8, 2, 2), extents, variant)
+    assert output.is_contiguous()
+
+
 def test_unknown_variant(randn):
     with pytest.raises(ValueError, match="nhwc"):
         vendor.convolve(randn(1, 1, 1, 1), randn(1, 1, 1, 1), CASES["plain"][2], "nhwc")
