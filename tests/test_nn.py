@@ -27,7 +27,7 @@ from alexkern.nn import (
 
 SHAPE = (2, 6, 7, 5)
 CONV = {"stride": 2, "padding": (1, 2), "dilation": (2, 1), "groups": 2}
-POOL = {"stride": (2, 1), "padding": 1, "ceil_mode": True}
+POOL = {"stride": (3, 1), "padding": 1, "dilation": (2, 1), "ceil_mode": True}
 NORM = (4, 0.5, 0.6, 1.5)
 
 # name: ours, and torch's one after the other; a dropout's p is 0, so that both are functions
@@ -496,6 +496,7 @@ def test_parametrized_weights(randn, device, backend, name):
         (lambda: Dropout(1.5), "1.5"),
         (lambda: Dropout(mode="scaled"), "'scaled'"),
         (lambda: LinearBiasReLUDropout(5, 9, p=-0.5), "-0.5"),
+        (lambda: LinearBiasReLUDropout(5, 9, p=1.5), "1.5"),
         (lambda: LinearBiasReLUDropout(5, 9, p=math.nan), "nan"),
         (lambda: LinearBiasReLUDropout(5, 9, activation="tanh"), "'tanh'"),
         (lambda: LinearBiasReLUDropout(5, 9, mode="scaled"), "'scaled'"),
@@ -506,6 +507,6 @@ def test_refused_at_construction(make, named):
         make()
 
 
-def test_is_loaded_when_first_used():
+def test_is_reached_from_the_package():
     assert alexkern.nn.MaxPool2d is MaxPool2d
     assert "nn" in alexkern.__all__
