@@ -9,9 +9,11 @@ from types import ModuleType
 from alexkern.runtime.backend import use_backend
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "data", "models", "ops", "optim", "training", "use_backend"]
+__all__ = ["__version__", "data", "models", "nn", "ops", "optim", "training", "use_backend"]
 
-_SUBMODULES = frozenset({"data", "models", "ops", "optim", "reference", "runtime", "training"})
+_SUBMODULES = frozenset(
+    {"data", "models", "nn", "ops", "optim", "reference", "runtime", "training"}
+)
 
 
 def __getattr__(name: str) -> ModuleType:

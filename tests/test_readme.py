@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,12 +23,14 @@ def test_opens_with_the_two_commands() -> None:
     assert second.endswith("pytest")
 
 
-def test_python_example_runs() -> None:
-    (example,) = blocks("python")
-    names: dict[str, object] = {}
-    exec(example, names)
-    assert names["maps"].shape == (8, 96, 27, 27)  # type: ignore[attr-defined]
-    assert names["weight"].grad is not None  # type: ignore[attr-defined]
+def test_python_examples_run() -> None:
+    operations, modules = blocks("python")
+    names: dict[str, Any] = {}
+    exec(operations, names)
+    assert names["maps"].shape == (8, 96, 27, 27)
+    assert names["weight"].grad is not None
+    exec(modules, names)
+    assert names["model"](names["image"]).shape == (8, 10)
 
 
 @pytest.mark.parametrize(
