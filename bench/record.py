@@ -242,7 +242,7 @@ def _one_line_each(content: dict[str, Any]) -> str:
     parts = []
     for name, value in content.items():
         if isinstance(value, list) and value:
-            items = ",\n".join("    " + json.dumps(item) for item in value)
+            items = ",\n".join("    " + json.dumps(item, separators=(",", ":")) for item in value)
             parts.append(f"  {json.dumps(name)}: [\n{items}\n  ]")
         else:
             parts.append(f"  {json.dumps(name)}: {json.dumps(value)}")
