@@ -1,10 +1,13 @@
 """The ``alexkern`` command."""
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alexkern.runtime.dispatch import Candidate, Convolution, Table
@@ -18,18 +21,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     description = "Tools of alexkern, AlexNet's ops as fused Triton kernels."
     parser = argparse.ArgumentParser(prog="alexkern", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
+    for command, what in (
+        (_info, "what is installed, and who computes here"),
+        (_doctor, "info, and a check that every op computes right"),
+    ):
+        plain = commands.add_parser(command.__name__.removeprefix("_"), help=what)
+        plain.add_argument("--json", action="store_true", help="for programs")
+        plain.set_defaults(run=command)
     _add_tune(commands.add_parser("tune", help="measure who computes convolutions fastest"))
     options = parser.parse_args(arguments)
     from alexkern.runtime.dispatch import TableError
 
     try:
-        return _show(options) if options.show else _tune(options)
+        return int(options.run(options))
     except (TableError, ValueError) as error:
         print(f"alexkern: {error}", file=sys.stderr)
         return 2
 
 
+def _info(options: argparse.Namespace) -> int:
+    from alexkern.doctor import information
+
+    found = information()
+    print(json.dumps(found, indent=1) if options.json else _readable(found))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Exit status 1 if an op is wrong."""
+    import torch
+
+    from alexkern.doctor import checks, information
+
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # for the triton backend
+    found, checked = information(), checks(torch.device("cuda" if gpu else "cpu"))
+    if options.json:
+        print(json.dumps(found | {"checks": [asdict(check) for check in checked]}, indent=1))
+    else:
+        print(_readable(found))
+        for check in checked:
+            verdict = check.problem or f"right, to {check.error:.1e}"
+            print(f"{check.op}: {check.runs}; {verdict}")
+    return int(any(check.problem for check in checked))
+
+
+def _readable(found: dict[str, Any]) -> str:
+    gpus = [f"{gpu['name']} (compute capability {gpu['capability']})" for gpu in found["gpus"]]
+    versions = [f"{name} {version}" for name, version in found["versions"].items() if version]
+    return "\n".join(
+        [
+            ", ".join(versions),
+            f"GPUs: {', '.join(gpus) or 'none'}",
+            f"backend {found['backend']}: {found['why']}",
+            f"tables: {', '.join(found['tables']) or 'none'}",
+        ]
+    )
+
+
 def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=lambda options: _show(options) if options.show else _tune(options))
     parser.description = (
         "Time every way to compute the network's convolutions on this GPU, after a check of each, "
         "and keep the result in a table: under --kernels auto the fastest is used from then on."
@@ -80,8 +132,6 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _problems(options: argparse.Namespace) -> "Iterator[Convolution]":
-    import dataclasses
-
     import torch
 
     from alexkern.tuning import network_problems
@@ -92,7 +142,7 @@ def _problems(options: argparse.Namespace) -> "Iterator[Convolution]":
             for batch in options.batch:
                 channels_last = layout == "channels_last"
                 for problem in network_problems(options.preset, batch, dtype, channels_last):
-                    yield dataclasses.replace(problem, dtype=name)
+                    yield replace(problem, dtype=name)
 
 
 def _show(options: argparse.Namespace) -> int:
