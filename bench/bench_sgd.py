@@ -89,7 +89,10 @@ class Updated:
 
 
 def _variants(trial: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Variant]:
-    """Right where weights are off by at most twice what SGD(foreach=True) is, plus a rounding."""
+    """Right where weights are off by at most twice what SGD(foreach=True) is, plus a floor.
+
+    Each step rounds velocity and weight.
+    """
     with torch.device("meta"):
         network = alexnet("mini" if trial else "paper")
     shapes = [parameter.shape for parameter in network.parameters()]
@@ -104,8 +107,8 @@ def _variants(trial: bool, dtype: torch.dtype, device: torch.device) -> dict[str
         values, own = (way.results() for way in ways)
         ratios = [torch.zeros((), device=device).where(result.isfinite().all(), float("inf"))]
         for truth, value, theirs in zip(truths, values, own, strict=True):
-            rounding = torch.finfo(torch.float32).eps * truth.abs().max()
-            allowed = 2 * (theirs - truth).abs().max() + rounding
+            roundings = _CHECKED_STEPS * torch.finfo(torch.float32).eps * truth.abs().max()
+            allowed = 2 * (theirs - truth).abs().max() + roundings
             ratios.append((value - truth).abs().max() / allowed)
         if checked.makes_copies:
             for truth, copy in zip(truths, checked.copies, strict=True):

@@ -260,7 +260,7 @@ def _launch_conv2d(
     if weight.dim() == 4:
         weight = weight.unflatten(0, (groups, geometry.GROUP_OUT))
     sizes = groups, geometry.GROUP_IN, pixels, geometry.GROUP_OUT, geometry.products
-    tile = _usable(tile, source, weight) or config.matmul(source, *sizes, summed=False)
+    tile = _usable(tile, source, weight) or config.matmul(source, result, *sizes, summed=False)
     if tile.boxes:
         _launch_boxes(source, weight, bias, result, geometry, padding, relu, tile)
         return
@@ -469,7 +469,9 @@ def _launch_weight_grad(
     images, _, height, width = output_grad.shape
     pixels = images * height * width
     sizes = extents.groups, geometry.GROUP_IN, geometry.GROUP_OUT, geometry.products, pixels
-    tile = _usable(tile, input, output_grad) or config.matmul(input, *sizes, summed=True)
+    tile = _usable(tile, input, output_grad) or config.matmul(
+        input, output_grad, *sizes, summed=True
+    )
     programs = extents.groups * -(-geometry.GROUP_OUT // tile.block_m)
     if tile.boxes:  # each of one tap
         taps = geometry.KERNEL_H * geometry.KERNEL_W

@@ -230,13 +230,22 @@ _PRODUCTS, _L2_BYTES = 395e12, 6.6e12
 
 
 def matmul(
-    source: Tensor, groups: int, group_channels: int, m: int, n: int, k: int, *, summed: bool
+    source: Tensor,
+    other: Tensor,
+    groups: int,
+    group_channels: int,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    summed: bool,
 ) -> MatmulConfig:
     """For ``groups`` products of [m, k] by [k, n] that gather pixels of ``source``.
 
-    ``summed``: k is split until all multiprocessors are busy. Large tiles only where 16-byte loads
-    are possible (channels_last, channels per group and strides that fit): one address per element
-    would not fit the registers. Among these the one that a model of an H200 finds fastest; it
+    ``other`` is what else is read or written pixel by pixel, ``summed``: k is split until all
+    multiprocessors are busy. Large tiles only where 16-byte accesses are possible (channels_last,
+    channels per group and strides that fit): one address per element would not fit the registers.
+    Among these the one that a model of an H200 finds fastest; it
     knows no more than that a tile takes the longer of its loads and its products, and that each
     multiprocessor works on whole tiles.
     """
@@ -247,13 +256,12 @@ def matmul(
         block_k = min(max(16, power_of_two(k)), _LARGEST_BLOCK // 512)
         block_m = min(max(16, power_of_two(m)), _LARGEST_BLOCK // max(block_n, block_k))
         return MatmulConfig(block_m, block_n, block_k, 4, 1)
-    aligned = all(stride == 1 or stride % 16 == 0 for stride in source.stride())
-    aligned = aligned and group_channels % 8 == 0
+    aligned = _aligned(source) and group_channels % 8 == 0
     size = source.element_size()
     if size == 4 and convolution_fp32_precision() == "ieee":
         return MatmulConfig(128, 64, 16, 8, 2) if aligned else MatmulConfig(32, 32, 16, 4, 2)
     if not aligned:
-        return MatmulConfig(64, 64, 32, 4, 2) if size == 2 else MatmulConfig(32, 32, 16, 4, 2)
+        return MatmulConfig(64, 64, 32, 8, 2) if size == 2 else MatmulConfig(32, 32, 16, 4, 2)
 
     def seconds(tile: MatmulConfig) -> float:
         """Per multiprocessor, up to a factor that all tiles share."""
@@ -264,9 +272,17 @@ def matmul(
         return share * max(loads, products)
 
     tiles = _TENSOR_CORE_TILES[size]
-    if generation(source) < 9:  # whose accumulators share the registers with the operands
-        tiles = tuple(tile for tile in tiles if max(tile.block_m, tile.block_n) <= 128)
-    return min(tiles, key=seconds)
+    if generation(source) >= 9 and _aligned(other):
+        return min(tiles, key=seconds)
+    # accumulators share the registers with the operands, or with addresses
+    most_n = 128 if _aligned(other) else 64
+    small = [tile for tile in tiles if tile.block_m <= 128 and tile.block_n <= most_n]
+    return replace(min(small, key=seconds), num_warps=8)
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether a tensor is seen to allow 16-byte accesses along its channels."""
+    return all(stride == 1 or stride % 16 == 0 for stride in tensor.stride())
 
 
 @dataclass(frozen=True)

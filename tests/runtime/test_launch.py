@@ -35,7 +35,7 @@ def test_recorded_backward(triton):
         output.backward(torch.empty_like(output))
     names = [made.kernel.__name__ for made in launches]
     assert names == ["conv2d", "conv2d_epilogue_backward", "conv2d", "conv2d_weight_grad"]
-    blocks = config.matmul(image, 1, 8, 32, 4, 72, summed=False)
+    blocks = config.matmul(image, image, 1, 8, 32, 4, 72, summed=False)
     assert launches[0].constants["BLOCK_M"] == blocks.block_m
     assert launches[0].options["num_warps"] == blocks.num_warps
 
@@ -150,7 +150,8 @@ class TestConfig:
 
     def test_blocks_stay_within_tritons_limit(self):
         for extents in [(10**6, 4, 10**5), (10**5, 10**5, 10**5), (3, 5, 7)]:
-            tile = config.matmul(torch.empty(1, 1, 1, 1), 1, 3, *extents, summed=False)
+            pixel = torch.empty(1, 1, 1, 1)
+            tile = config.matmul(pixel, pixel, 1, 3, *extents, summed=False)
             m, n, k = tile.block_m, tile.block_n, tile.block_k
             assert min(m, n, k) >= 16
             assert max(m * n, m * k, n * k) <= 2**20
@@ -159,7 +160,7 @@ class TestConfig:
         def tile(groups, m, n, k, summed=False):
             source = torch.empty(2, 64, 3, 3, dtype=torch.float16, device="meta")
             source = source.to(memory_format=torch.channels_last)
-            return config.matmul(source, groups, 64, m, n, k, summed=summed)
+            return config.matmul(source, source, groups, 64, m, n, k, summed=summed)
 
         assert tile(2, 93312, 128, 1200).block_m == 256  # loads least per product
         assert tile(2, 93312, 48, 3200).block_n == 64
