@@ -106,14 +106,16 @@ def _variants(trial: bool, dtype: torch.dtype, device: torch.device) -> dict[str
         truths = Updated("foreach", weights, gradients, torch.float64).results()
         values, own = (way.results() for way in ways)
         ratios = [torch.zeros((), device=device).where(result.isfinite().all(), float("inf"))]
-        for truth, value, theirs in zip(truths, values, own, strict=True):
-            roundings = _CHECKED_STEPS * torch.finfo(torch.float32).eps * truth.abs().max()
-            allowed = 2 * (theirs - truth).abs().max() + roundings
+        roundings = [
+            _CHECKED_STEPS * torch.finfo(torch.float32).eps * truth.abs().max() for truth in truths
+        ]
+        for truth, value, theirs, floor in zip(truths, values, own, roundings, strict=True):
+            allowed = 2 * (theirs - truth).abs().max() + floor
             ratios.append((value - truth).abs().max() / allowed)
         if checked.makes_copies:
-            for truth, copy in zip(truths, checked.copies, strict=True):
-                rounding = torch.finfo(dtype).eps * truth.abs().max()
-                ratios.append((copy - truth).abs().max() / rounding)
+            for truth, copy, floor in zip(truths, checked.copies, roundings, strict=True):
+                allowed = torch.finfo(dtype).eps * truth.abs().max() + floor
+                ratios.append((copy - truth).abs().max() / allowed)
         return float(torch.stack(ratios).max())
 
     def build(variant: str) -> list[Any]:
