@@ -17,7 +17,7 @@ from alexkern.runtime.launch import interpreted
 from alexkern.runtime.layout import convolution_fp32_precision
 
 # Streaming multiprocessors that a launch should fill: H200 and H100 have 132. A constant, so
-# that a split sum has the same order, and the same bits, on every GPU.
+# that a split sum does not depend on the GPU's, and has the same order on all that share tiles.
 _MULTIPROCESSORS = 132
 
 # Triton's limit on the elements of one block.

@@ -1,8 +1,8 @@
 """Who computes a pass of a convolution: what a measurement found fastest on this GPU.
 
 A table holds, per GPU, what :mod:`alexkern.tuning` measured: for each :class:`Convolution` the
-time of every candidate that gave the right result. Tables ship with the package
-(``alexkern/tables``); the user's own, in the folder that ``ALEXKERN_TABLES`` names (by default
+time of every candidate that gave the right result. Tables that ship lie in ``alexkern/tables``
+(none was measured yet); the user's own, in the folder that ``ALEXKERN_TABLES`` names (by default
 ``~/.cache/alexkern``), overrule them. Only a table of this GPU and of these versions counts.
 Without an entry `auto` takes the vendor, and `triton` the heuristic of :mod:`.config`.
 """

@@ -45,18 +45,12 @@ def input_grad(
         height, width = height + top + bottom, width + left + right
     parts, layout = _parts(variant, groups)
     unread = empty((images, channels // parts, height, width), output_grad, channels_last=layout)
-    gradients = [
-        torch.ops.aten.convolution_backward(
-            g, x, w, None, *_geometry(extents, groups // parts), (True, False, False)
-        )[0]
-        for g, x, w in zip(
-            _cut(output_grad, 1, parts, layout),
-            [unread] * parts,  # asked for its shape only
-            _cut(weight, 0, parts, layout),
-            strict=True,
-        )
-    ]
-    gradient = _join(gradients, 1)
+    operands = (
+        _cut(output_grad, 1, parts, layout),
+        [unread] * parts,  # asked for its shape only
+        _cut(weight, 0, parts, layout),
+    )
+    gradient = _join(_gradients(operands, _geometry(extents, groups // parts), 0), 1)
     if (left, top) != (right, bottom):
         gradient = gradient[:, :, top : top + input_shape[2], left : left + input_shape[3]]
     return gradient
@@ -70,18 +64,24 @@ def weight_grad(
     if (left, top) != (right, bottom):
         input = F.pad(input, (left, right, top, bottom))
     parts, layout = _parts(variant, groups)
-    gradients = [
-        torch.ops.aten.convolution_backward(
-            g, x, w, None, *_geometry(extents, groups // parts), (False, True, False)
-        )[1]
-        for g, x, w in zip(
-            _cut(output_grad, 1, parts, layout),
-            _cut(input, 1, parts, layout),
-            _cut(weight, 0, parts, layout),
-            strict=True,
-        )
-    ]
+    operands = (
+        _cut(output_grad, 1, parts, layout),
+        _cut(input, 1, parts, layout),
+        _cut(weight, 0, parts, layout),
+    )
+    gradients = _gradients(operands, _geometry(extents, groups // parts), 1)
     return dense_as(_join(gradients, 0), is_channels_last(weight))
+
+
+def _gradients(
+    operands: tuple[list[Tensor], ...], geometry: tuple[object, ...], wanted: int
+) -> list[Tensor]:
+    """Of the inputs (0) or the weights (1), from output gradients, inputs and weights."""
+    mask = (wanted == 0, wanted == 1, False)
+    return [
+        torch.ops.aten.convolution_backward(grad, input, weight, None, *geometry, mask)[wanted]
+        for grad, input, weight in zip(*operands, strict=True)
+    ]
 
 
 @contextmanager
