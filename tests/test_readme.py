@@ -1,22 +1,19 @@
 """What the README shows runs as written, and its numbers are the code's."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import ROOT, blocks
 
 from alexkern.models import alexnet
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGE = ROOT / "README.md"
+README = PAGE.read_text(encoding="utf-8")
 
 
 def test_opens_with_the_two_commands() -> None:
-    first, second = blocks("bash")[0].splitlines()
+    first, second = blocks(PAGE, "bash")[0].splitlines()
     assert first.startswith("pip install")
     assert first.endswith("python train_alexnet.py --kernels triton")
     assert second.startswith("pip install")
@@ -24,7 +21,7 @@ def test_opens_with_the_two_commands() -> None:
 
 
 def test_python_examples_run() -> None:
-    operations, modules = blocks("python")
+    operations, modules = blocks(PAGE, "python")
     names: dict[str, Any] = {}
     exec(operations, names)
     assert names["maps"].shape == (8, 96, 27, 27)

@@ -1,30 +1,14 @@
 """The choice of backend, and what importing costs."""
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from pages import run_python
 
 import alexkern
 from alexkern import ops
 from alexkern.runtime.backend import current_backend, runs_triton
-
-ROOT = Path(__file__).parents[2]
-
-
-def run_python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET",)}
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
-    )
 
 
 def test_innermost_block_decides(monkeypatch):
