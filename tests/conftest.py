@@ -69,7 +69,7 @@ def vendor(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(problem: dispatch.Convolution, **_: Any) -> dispatch.Choice:
         return dispatch.choose(problem, torch.device("cpu"), "auto")
 
-    monkeypatch.setattr(conv_passes, "chooser", lambda tensor: choose)
+    monkeypatch.setattr(conv_passes, "chooser", lambda tensor, backend: choose)
 
 
 @pytest.fixture(autouse=True)

@@ -21,13 +21,18 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     return values[0], values[-1]
 
 
-def check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Refuse weight or bias of another dtype than the input's.
+def check_alike(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse weight or bias of another dtype, or on another device, than the input's.
 
     Raises:
         RuntimeError: as PyTorch.
     """
     for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, "
+                f"but found at least two devices, {input.device} and {tensor.device}!"
+            )
         if tensor is not None and tensor.dtype != input.dtype:
             raise RuntimeError(
                 f"Input type ({input.dtype}) and {name} type ({tensor.dtype}) should be the same"

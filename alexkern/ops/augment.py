@@ -1,6 +1,7 @@
 """Stored images to the network's input."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from alexkern import reference
 from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
 from alexkern.runtime.launch import device_code, empty, launch
+from alexkern.runtime.operator import Operator
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -81,7 +83,8 @@ def augment(
         return reference.augment(
             images, corners, flips, mean, std, shift, dtype, padding, space_to_depth
         )
-    return _crops(images, corners, flips, mean, std, shift, dtype, padding, space_to_depth)
+    crops: Tensor = _apply(images, corners, flips, mean, shift, std, dtype, padding, space_to_depth)
+    return crops
 
 
 def _check(
@@ -145,18 +148,17 @@ def _crops(
     corners: Tensor,
     flips: Tensor,
     mean: Tensor,
-    std: float,
     shift: Tensor | None,
+    std: float,
     dtype: torch.dtype,
     padding: tuple[int, int, int, int],
     side: int,
 ) -> Tensor:
     batch, height, width, _ = images.shape
     crop_height, crop_width, _ = mean.shape
-    left, right, top, bottom = padding
-    rows, columns = (top + crop_height + bottom) // side, (left + crop_width + right) // side
-    depth = 3 * side * side
-    result = empty((batch, depth, rows, columns), images, dtype, channels_last=True)
+    left, _, top, _ = padding
+    result = _crops_like(images, mean, dtype, padding, side)
+    _, depth, rows, columns = result.shape
     mean = mean.contiguous()
     count = depth * rows * columns
     # vectors lie within a row of crops, and within a pixel of packed ones
@@ -193,3 +195,23 @@ def _crops(
         num_warps=blocks.num_warps,
     )
     return result
+
+
+def _crops_like(
+    images: Tensor, mean: Tensor, dtype: torch.dtype, padding: Sequence[int], side: int
+) -> Tensor:
+    left, right, top, bottom = padding
+    rows = (top + mean.shape[0] + bottom) // side
+    columns = (left + mean.shape[1] + right) // side
+    shape = (images.shape[0], 3 * side * side, rows, columns)
+    return empty(shape, images, dtype, channels_last=True)
+
+
+_apply = Operator(
+    "augment(Tensor images, Tensor corners, Tensor flips, Tensor mean, Tensor? shift, float std, "
+    "ScalarType dtype, SymInt[4] padding, SymInt space_to_depth) -> Tensor",
+    _crops,
+    fake=lambda images, corners, flips, mean, shift, std, *numbers: _crops_like(
+        images, mean, *numbers
+    ),
+)

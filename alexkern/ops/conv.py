@@ -5,24 +5,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from alexkern import reference
 from alexkern.ops import conv_passes
-from alexkern.ops.arguments import autocast, check_dtypes, pair
+from alexkern.ops.arguments import autocast, check_alike, pair
 from alexkern.ops.conv_passes import (
+    EXTENTS,
     Extents,
-    convolution_input_grad,
-    convolution_weight_grad,
+    convolution_flops,
     convolve,
+    fake_gradients,
     split_sum,
     sum_partials,
 )
 from alexkern.runtime import config
-from alexkern.runtime.backend import runs_triton
+from alexkern.runtime.backend import current_backend, runs_triton
 from alexkern.runtime.launch import device_code, empty, launch
 from alexkern.runtime.layout import dense, dense_as, is_channels_last
+from alexkern.runtime.operator import Operator
 
 
 def conv2d_bias_relu(
@@ -73,8 +73,9 @@ def conv2d_bias_relu(
     input, weight, bias, extents = checked(input, weight, bias, stride, padding, dilation, groups)
     if input.numel() == 0 or not runs_triton(input):
         return reference.conv2d_bias_relu(input, weight, bias, *extents, activation)
-    batch = input if input.dim() == 4 else input.unsqueeze(0)
-    output: Tensor = _Conv2dBiasReLU.apply(batch, weight, bias, extents, activation == "relu")
+    batch = dense(input if input.dim() == 4 else input.unsqueeze(0))
+    relu, backend = activation == "relu", current_backend()
+    output: Tensor = _forward(batch, dense(weight), bias, *extents, relu, backend)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
@@ -96,7 +97,7 @@ def checked(
     _check_operands(input, weight, bias, groups)
     pads = _four_sides(padding, weight, strides, dilations)
     input, weight, bias = autocast(input, weight, bias)
-    check_dtypes(input, weight, bias)
+    check_alike(input, weight, bias)
     extents = Extents(strides, pads, dilations, groups)
     extents.output_size(input, weight)
     return input, weight, bias, extents
@@ -170,46 +171,32 @@ def _four_sides(
     return left, right, top, bottom
 
 
-class _Conv2dBiasReLU(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        extents: Extents,
-        relu: bool,
-    ) -> Tensor:
-        input, weight = dense(input), dense(weight)
-        ctx.choose = conv_passes.chooser(input)
-        output = convolve(input, weight, bias, extents, relu, ctx.choose)
-        needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(
-            input if needs_weight else None,
-            weight if needs_weight or needs_input else None,
-            output if relu else None,
-        )
-        ctx.input_shape, ctx.channels_last = input.shape, is_channels_last(input)
-        ctx.extents = extents
-        return output
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, *numbers: Any) -> Tensor:
+    *extents, relu, backend = numbers
+    choose = conv_passes.chooser(input, backend)
+    return convolve(dense(input), dense(weight), bias, Extents(*extents), relu, choose)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, output = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        output_grad = dense_as(output_grad, ctx.channels_last)
-        output_grad, bias_grad = _epilogue_backward(output_grad, output, needs_bias)
-        input_grad = weight_grad = None
-        if needs_input:
-            input_grad = convolution_input_grad(
-                output_grad, weight, ctx.input_shape, ctx.extents, ctx.channels_last, ctx.choose
-            )
-        if needs_weight:
-            weight_grad = convolution_weight_grad(
-                output_grad, input, weight, ctx.extents, ctx.choose
-            )
-        return input_grad, weight_grad, bias_grad, None, None
+
+def _convolve_backward(
+    output_grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output: Tensor | None,
+    input_shape: Sequence[int],
+    channels_last: bool,
+    needs: Sequence[bool],
+    *numbers: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *extents, backend = numbers
+    if output is not None:
+        output = dense_as(output, channels_last)
+    output_grad, bias_grad = _epilogue_backward(
+        dense_as(output_grad, channels_last), output, needs[2]
+    )
+    input_grad, weight_grad = conv_passes.gradients(
+        output_grad, input, weight, input_shape, channels_last, needs, Extents(*extents), backend
+    )
+    return input_grad, weight_grad, bias_grad
 
 
 def _epilogue_backward(
@@ -254,3 +241,50 @@ def _epilogue_backward(
     bias_grad = empty((channels,), output_grad)
     sum_partials(partial, bias_grad)
     return masked, bias_grad
+
+
+def _save(context: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, _, *extents, relu, backend = arguments
+    needs_input, needs_weight, _ = context.needs_input_grad[:3]
+    context.save_for_backward(
+        input if needs_weight else None,
+        weight if needs_weight or needs_input else None,
+        output if relu else None,
+    )
+    context.input_shape, context.channels_last = input.shape, is_channels_last(input)
+    context.numbers = *extents, backend
+
+
+def _gradients(context: Any, output_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    needs = context.needs_input_grad[:3]
+    shape = context.input_shape, context.channels_last
+    grads: tuple[Tensor, Tensor, Tensor] = _backward(
+        output_grad, *context.saved_tensors, *shape, needs, *context.numbers
+    )
+    return grads
+
+
+_backward = Operator(
+    "conv2d_bias_relu_backward(Tensor output_grad, Tensor? input, Tensor? weight, Tensor? output, "
+    f"SymInt[4] input_shape, bool channels_last, bool[3] needs, {EXTENTS}, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _convolve_backward,
+    fake=lambda output_grad, input, weight, output, shape, channels_last, needs, *_: fake_gradients(
+        output_grad, weight, shape, channels_last, needs
+    ),
+    flops=lambda output_grad, input, weight, output, shape, channels_last, needs, *_, out_val: (
+        sum(needs[:2]) * convolution_flops(output_grad, weight)
+    ),
+)
+_forward = Operator(
+    f"conv2d_bias_relu(Tensor input, Tensor weight, Tensor? bias, {EXTENTS}, bool relu, "
+    "str backend) -> Tensor",
+    _convolve,
+    fake=lambda input, weight, bias, *numbers: conv_passes.output_like(
+        input, weight, Extents(*numbers[:4])
+    ),
+    save=_save,
+    backward=_gradients,
+    autocast=autocast,
+    flops=lambda input, weight, *_, out_val: convolution_flops(out_val, weight),
+)

@@ -1,24 +1,27 @@
 """Convolution, bias, ReLU, local response normalisation and max-pooling as one op."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from alexkern.ops import conv, conv_passes
+from alexkern.ops.arguments import autocast
+from alexkern.ops.conv_passes import Extents
 from alexkern.ops.lrn import Normalisation, checked_normalisation
 from alexkern.ops.lrn_pool import (
+    NUMBERS,
     fits_one_pass,
     lrn_max_pool2d,
     normalise_and_pool,
+    parted,
+    pooled_like,
     pooled_normalisation_grad,
 )
 from alexkern.ops.pool import Windows, checked_windows
-from alexkern.runtime.backend import runs_triton
-from alexkern.runtime.layout import dense, is_channels_last
+from alexkern.runtime.backend import current_backend, runs_triton
+from alexkern.runtime.layout import dense, dense_as, is_channels_last
+from alexkern.runtime.operator import Operator, backward_may_follow
 
 
 def conv2d_bias_relu_lrn_max_pool2d(
@@ -96,62 +99,117 @@ def conv2d_bias_relu_lrn_max_pool2d(
         activation = conv.conv2d_bias_relu(batch, weight, bias, *extents)
         output = lrn_max_pool2d(activation, size, *pool, **norm)
     else:
-        operands = [batch, weight] if bias is None else [batch, weight, bias]
-        save = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
-        plan = _Plan(extents, normalisation, windows, conv_passes.chooser(batch), save)
-        output = _Conv2dBiasReLULRNMaxPool2d.apply(batch, weight, bias, plan)
+        operands = batch, dense(weight), bias
+        save_code = backward_may_follow(*operands)
+        numbers = *extents, *normalisation, *windows, save_code, current_backend()
+        output, *_ = _forward(*operands, *numbers)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
-class _Plan(NamedTuple):
-    """``save``: there will be a backward."""
+def _layer(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *numbers: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output, activation between ReLU and normalisation, and the taps that won."""
+    extents, normalisation, windows, save_code, backend = _parted(numbers)
+    choose = conv_passes.chooser(input, backend)
+    activation = conv_passes.convolve(dense(input), dense(weight), bias, extents, True, choose)
+    output, code = normalise_and_pool(activation, normalisation, windows, save_code)
+    return output, activation, code
 
-    extents: conv_passes.Extents
-    normalisation: Normalisation
-    windows: Windows
-    choose: conv_passes.Chooser
-    save: bool
+
+def _layer_backward(
+    output_grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    activation: Tensor,
+    code: Tensor,
+    input_shape: Sequence[int],
+    channels_last: bool,
+    needs: Sequence[bool],
+    *numbers: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    extents, normalisation, windows, _, backend = _parted(numbers)
+    grad, bias_grad = pooled_normalisation_grad(
+        output_grad,
+        dense_as(activation, channels_last),
+        dense_as(code, channels_last),
+        normalisation,
+        windows,
+        relu=True,
+        bias=needs[2],
+    )
+    if bias_grad is not None:
+        bias_grad = bias_grad.to(grad.dtype)
+    input_grad, weight_grad = conv_passes.gradients(
+        grad, input, weight, input_shape, channels_last, needs, extents, backend
+    )
+    return input_grad, weight_grad, bias_grad
 
 
-class _Conv2dBiasReLULRNMaxPool2d(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan
-    ) -> Tensor:
-        weight = dense(weight)
-        activation = conv_passes.convolve(input, weight, bias, plan.extents, True, plan.choose)
-        output, code = normalise_and_pool(activation, plan.normalisation, plan.windows, plan.save)
-        if plan.save:
-            needs_input, needs_weight = ctx.needs_input_grad[:2]
-            ctx.save_for_backward(
-                input if needs_weight else None,
-                weight if needs_input or needs_weight else None,
-                activation,
-                code,
-            )
-            ctx.plan, ctx.input_shape = plan, input.shape
-            ctx.channels_last = is_channels_last(input)
-        return output
+def _parted(numbers: Sequence[Any]) -> tuple[Extents, Normalisation, Windows, bool, str]:
+    split = len(Extents._fields)
+    *both, save_code, backend = numbers[split:]
+    return Extents(*numbers[:split]), *parted(both), save_code, backend
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, activation, code = ctx.saved_tensors
-        plan = ctx.plan
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad, bias_grad = pooled_normalisation_grad(
-            output_grad, activation, code, plan.normalisation, plan.windows,
-            relu=True, bias=needs_bias,
-        )  # fmt: skip
-        if bias_grad is not None:
-            bias_grad = bias_grad.to(grad.dtype)
-        input_grad = weight_grad = None
-        if needs_input:
-            input_grad = conv_passes.convolution_input_grad(
-                grad, weight, ctx.input_shape, plan.extents, ctx.channels_last, plan.choose
-            )
-        if needs_weight:
-            weight_grad = conv_passes.convolution_weight_grad(
-                grad, input, weight, plan.extents, plan.choose
-            )
-        return input_grad, weight_grad, bias_grad, None
+
+def _save(
+    context: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor | None]
+) -> None:
+    input, weight, _, *context.numbers = arguments
+    _, activation, code = outputs
+    context.mark_non_differentiable(activation, *([] if code is None else [code]))
+    if not context.numbers[-2]:
+        return  # nobody wants a gradient, or backward says what is missing
+    needs_input, needs_weight = context.needs_input_grad[:2]
+    context.save_for_backward(
+        input if needs_weight else None,
+        weight if needs_input or needs_weight else None,
+        activation,
+        code,
+    )
+    context.input_shape, context.channels_last = input.shape, is_channels_last(input)
+
+
+def _gradients(context: Any, output_grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor]:
+    if not context.saved_tensors:
+        raise RuntimeError(f"alexkern::{_NAME} kept nothing for backward: save_code was False")
+    needs = context.needs_input_grad[:3]
+    shape = context.input_shape, context.channels_last
+    grads: tuple[Tensor, Tensor, Tensor] = _backward(
+        output_grad, *context.saved_tensors, *shape, needs, *context.numbers
+    )
+    return grads
+
+
+def _fake_layer(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *numbers: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    extents, _, windows, save_code, _ = _parted(numbers)
+    activation = conv_passes.output_like(input, weight, extents)
+    output, code = pooled_like(activation, windows, save_code)
+    return output, activation, code
+
+
+_NAME = "conv2d_bias_relu_lrn_max_pool2d"
+_NUMBERS = f"{conv_passes.EXTENTS}, {NUMBERS}, bool save_code, str backend"
+_backward = Operator(
+    f"{_NAME}_backward(Tensor output_grad, Tensor? input, Tensor? weight, Tensor activation, "
+    f"Tensor code, SymInt[4] input_shape, bool channels_last, bool[3] needs, {_NUMBERS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    _layer_backward,
+    fake=lambda grad, input, weight, activation, code, shape, channels_last, needs, *_: (
+        conv_passes.fake_gradients(activation, weight, shape, channels_last, needs)
+    ),
+    flops=lambda grad, input, weight, activation, code, shape, channels_last, needs, *_, out_val: (
+        sum(needs[:2]) * conv_passes.convolution_flops(activation, weight)
+    ),
+)
+_forward = Operator(
+    f"{_NAME}(Tensor input, Tensor weight, Tensor? bias, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",
+    _layer,
+    fake=_fake_layer,
+    save=_save,
+    backward=_gradients,
+    autocast=autocast,
+    flops=lambda input, weight, *_, out_val: conv_passes.convolution_flops(out_val[1], weight),
+)

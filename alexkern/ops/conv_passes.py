@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from alexkern.runtime import config, dispatch, vendor
-from alexkern.runtime.backend import current_backend
-from alexkern.runtime.launch import device_code, empty, interpreted, launch, tensor_descriptor
+from alexkern.runtime.launch import (
+    device_code,
+    empty,
+    interpreted,
+    launch,
+    like,
+    tensor_descriptor,
+)
 from alexkern.runtime.layout import (
     convolution_fp32_precision,
+    dense,
     dense_as,
     is_channels_last,
     outer_channels_inner,
@@ -85,12 +92,15 @@ class _Geometry:
         return self.KERNEL_H * self.KERNEL_W * self.GROUP_IN
 
 
+# of an operator, in the order of :class:`Extents`
+EXTENTS = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
+
 Chooser = Callable[[dispatch.Convolution], dispatch.Choice]
 
 
-def chooser(tensor: Tensor) -> Chooser:
-    """What chooses on a tensor's device under the backend in force, also on other threads."""
-    return partial(dispatch.choose, device=tensor.device, backend=current_backend())
+def chooser(tensor: Tensor, backend: str) -> Chooser:
+    """What chooses on a tensor's device."""
+    return partial(dispatch.choose, device=tensor.device, backend=backend)
 
 
 def _problem(
@@ -123,10 +133,9 @@ def convolve(
     if choice.vendor:
         output = vendor.convolve(input, weight, extents, choice.vendor)
         return finish(output, bias, relu)
-    shape = (input.shape[0], weight.shape[0], *extents.output_size(input, weight))
-    output = empty(shape, input, channels_last=channels_last)
+    output = output_like(input, weight, extents)
     if _gains_from_depth(weight, extents):
-        input = _deepened_input(input, shape, weight, extents)
+        input = _deepened_input(input, output.shape, weight, extents)
         weight, extents = _deepened_weight(weight, extents), _UNIT
     if is_channels_last(input):
         weight = dense_as(weight, channels_last=True)  # neighbours in products and in memory
@@ -539,3 +548,57 @@ def sum_partials(partial: Tensor, result: Tensor) -> None:
         ROWS=rows,
         BLOCK=block,
     )
+
+
+def gradients(
+    output_grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    input_shape: Sequence[int],
+    channels_last: bool,
+    needs: Sequence[bool],
+    extents: Extents,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of input and weight that are needed, from that before bias and ReLU."""
+    choose = chooser(output_grad, backend)
+    input_grad = weight_grad = None
+    if weight is not None:
+        weight = dense(weight)
+    if needs[0] and weight is not None:
+        input_grad = convolution_input_grad(
+            output_grad, weight, input_shape, extents, channels_last, choose
+        )
+    if needs[1] and weight is not None and input is not None:
+        input = dense_as(input, channels_last)
+        weight_grad = convolution_weight_grad(output_grad, input, weight, extents, choose)
+    return input_grad, weight_grad
+
+
+def output_like(input: Tensor, weight: Tensor, extents: Extents) -> Tensor:
+    """Uninitialised: a convolution's output."""
+    shape = (input.shape[0], weight.shape[0], *extents.output_size(input, weight))
+    return empty(shape, input, channels_last=is_channels_last(input))
+
+
+def fake_gradients(
+    output_grad: Tensor,
+    weight: Tensor | None,
+    input_shape: Sequence[int],
+    channels_last: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Uninitialised: the gradients of input, weight and bias that are needed."""
+    input_grad = weight_grad = bias_grad = None
+    if needs[0]:
+        input_grad = empty(input_shape, output_grad, channels_last=channels_last)
+    if needs[1] and weight is not None:
+        weight_grad = like(weight)
+    if needs[2]:
+        bias_grad = output_grad.new_empty(output_grad.shape[1])
+    return input_grad, weight_grad, bias_grad
+
+
+def convolution_flops(output: Tensor, weight: Tensor) -> int:
+    """Of one pass."""
+    return 2 * output.numel() * weight[0].numel()

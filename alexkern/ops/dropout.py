@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from alexkern import reference
 from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
 from alexkern.runtime.launch import device_code, empty, launch
-from alexkern.runtime.layout import dense, dense_as, is_channels_last
+from alexkern.runtime.layout import dense_as, is_channels_last
+from alexkern.runtime.operator import Operator
 
 
 def dropout(
@@ -50,7 +49,7 @@ def dropout(
     Returns:
         A tensor like ``input``; ``input`` itself if nothing is to be done or ``inplace``.
 
-    Saves for backward: the seed (8 bytes). Double backward raises.
+    Saves for backward: the seed (8 bytes). Backward is the same op on the gradient.
 
     Raises:
         ValueError: ``p`` outside [0, 1], unknown ``mode``, negative ``index_offset`` or
@@ -70,7 +69,8 @@ def dropout(
         seed = draw_seed(input.device)
     if runs_triton(input):
         threshold = reference.dropout_threshold(p)
-        output = _Dropout.apply(input, seed, threshold, scale, index_offset, row_stride)
+        image = input.dim() >= 3 and is_channels_last(input)
+        output = _apply(input, seed, threshold, scale, index_offset, row_stride, image)
     else:
         output = reference.dropout(input, p, scale, seed.view(()), index_offset, row_stride)
     return input.copy_(output) if inplace else output
@@ -129,33 +129,12 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-class _Dropout(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        seed: Tensor,
-        threshold: int,
-        scale: float,
-        index_offset: int,
-        row_stride: int | None,
-    ) -> Tensor:
-        ctx.save_for_backward(seed)
-        ctx.arguments = threshold, scale, index_offset, row_stride
-        input = dense(input)
-        ctx.channels_last = input.dim() >= 3 and is_channels_last(input)
-        output = empty(input.shape, input, channels_last=ctx.channels_last)
-        _launch(input, output, seed, *ctx.arguments)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
-        (seed,) = ctx.saved_tensors
-        output_grad = dense_as(output_grad, ctx.channels_last)
-        input_grad = empty(output_grad.shape, output_grad, channels_last=ctx.channels_last)
-        _launch(output_grad, input_grad, seed, *ctx.arguments)
-        return input_grad, None, None, None, None, None
+def _drop(input: Tensor, seed: Tensor, *arguments: Any) -> Tensor:
+    *numbers, channels_last = arguments
+    input = dense_as(input, channels_last)
+    output = empty(input.shape, input, channels_last=channels_last)
+    _launch(input, output, seed, *numbers)
+    return output
 
 
 def _launch(
@@ -193,3 +172,24 @@ def _launch(
         VECTOR=blocks.vector,
         num_warps=blocks.num_warps,
     )
+
+
+def _save(context: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+    _, seed, *context.numbers = arguments
+    context.save_for_backward(seed)
+
+
+def _input_grad(context: Any, output_grad: Tensor) -> tuple[Tensor]:
+    # the op is linear, and its own transpose
+    (seed,) = context.saved_tensors
+    return (_apply(output_grad, seed, *context.numbers),)
+
+
+_apply = Operator(
+    "dropout(Tensor input, Tensor seed, int threshold, float scale, SymInt index_offset, "
+    "SymInt? row_stride, bool channels_last) -> Tensor",
+    _drop,
+    fake=lambda input, *numbers: empty(input.shape, input, channels_last=numbers[-1]),
+    save=_save,
+    backward=_input_grad,
+)

@@ -1,22 +1,20 @@
 """A fully connected layer: linear, bias, ReLU and dropout as one op."""
 
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from alexkern import reference
-from alexkern.ops.arguments import autocast, check_dtypes
+from alexkern.ops.arguments import autocast, check_alike
 from alexkern.ops.conv_passes import split_sum, sum_partials
 from alexkern.ops.dropout import check_arguments, check_floating_point, draw_seed, kept_scale
 from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
 from alexkern.runtime.launch import device_code, empty, launch
+from alexkern.runtime.operator import Operator
 
 
 def linear_bias_relu_dropout(
@@ -76,7 +74,7 @@ def linear_bias_relu_dropout(
     check_arguments(input, p, mode, seed, index_offset, row_stride)
     _check_operands(input, weight, bias)
     input, weight, bias = autocast(input, weight, bias)
-    check_dtypes(input, weight, bias)
+    check_alike(input, weight, bias)
     shape = (*input.shape[:-1], weight.shape[0])
     scale = kept_scale(p, training, mode)
     if training and p > 0.0 and prod(shape) > 0:
@@ -99,7 +97,7 @@ def linear_bias_relu_dropout(
         row_stride=columns if row_stride is None else row_stride,
     )
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    output: Tensor = _LinearBiasReLUDropout.apply(rows, weight, bias, seed, epilogue)
+    output: Tensor = _forward(rows, weight, bias, seed, *epilogue)
     return output if input.dim() == 2 else output.view(shape)
 
 
@@ -118,8 +116,7 @@ def _check_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Epilogue:
+class _Epilogue(NamedTuple):
     """What follows the product; where its elements stand in the global mask."""
 
     relu: bool
@@ -139,39 +136,29 @@ class _Epilogue:
         return self.columns, self.index_offset, self.row_stride, self.threshold, self.scale
 
 
-class _LinearBiasReLUDropout(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        epilogue: _Epilogue,
-    ) -> Tensor:
-        output = F.linear(input, weight, bias)
-        _launch_forward(output, seed, epilogue)
-        needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(
-            input if needs_weight else None,
-            weight if needs_input else None,
-            output if epilogue.relu else None,
-            None if epilogue.relu else seed,
-        )
-        ctx.epilogue = epilogue
-        return output
+def _connect(
+    input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, *numbers: Any
+) -> Tensor:
+    output = F.linear(input, weight, bias)
+    _launch_forward(output, seed, _Epilogue(*numbers))
+    return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, output, seed = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        masked, bias_grad = _launch_backward(
-            output_grad.contiguous(), output, seed, ctx.epilogue, needs_bias
-        )
-        input_grad = masked @ weight if needs_input else None
-        weight_grad = masked.t() @ input if needs_weight else None
-        return input_grad, weight_grad, bias_grad, None, None
+
+def _connect_backward(
+    output_grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output: Tensor | None,
+    seed: Tensor | None,
+    needs_bias: bool,
+    *numbers: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    masked, bias_grad = _launch_backward(
+        output_grad.contiguous(), output, seed, _Epilogue(*numbers), needs_bias
+    )
+    input_grad = None if weight is None else masked @ weight
+    weight_grad = None if input is None else masked.t() @ input
+    return input_grad, weight_grad, bias_grad
 
 
 def _launch_forward(output: Tensor, seed: Tensor | None, epilogue: _Epilogue) -> None:
@@ -233,3 +220,69 @@ def _launch_backward(
     bias_grad = empty((units,), output_grad)
     sum_partials(partial, bias_grad)
     return masked, bias_grad
+
+
+def _save(context: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, _, seed, *context.numbers = arguments
+    needs_input, needs_weight, *_ = context.needs_input_grad
+    relu = context.numbers[0]
+    context.save_for_backward(
+        input if needs_weight else None,
+        weight if needs_input else None,
+        output if relu else None,
+        None if relu else seed,
+    )
+
+
+def _gradients(context: Any, output_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    needs_bias = context.needs_input_grad[2]
+    grads: tuple[Tensor, Tensor, Tensor] = _backward(
+        output_grad, *context.saved_tensors, needs_bias, *context.numbers
+    )
+    return grads
+
+
+def _fake_gradients(
+    output_grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output: Tensor | None,
+    seed: Tensor | None,
+    needs_bias: bool,
+    *numbers: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rows, units = output_grad.shape
+    return (
+        None if weight is None else output_grad.new_empty(rows, weight.shape[1]),
+        None if input is None else output_grad.new_empty(units, input.shape[1]),
+        output_grad.new_empty(units) if needs_bias else None,
+    )
+
+
+def _product_flops(output: Tensor, *factors: Tensor | None) -> int:
+    """Of the products that these go into, beside a tensor of the output's shape."""
+    return sum(2 * output.numel() * t.shape[1] for t in factors if t is not None)
+
+
+_EPILOGUE = (
+    "bool relu, float scale, int threshold, SymInt columns, SymInt index_offset, SymInt row_stride"
+)
+_backward = Operator(
+    "linear_bias_relu_dropout_backward(Tensor output_grad, Tensor? input, Tensor? weight, "
+    f"Tensor? output, Tensor? seed, bool needs_bias, {_EPILOGUE}) -> (Tensor, Tensor, Tensor)",
+    _connect_backward,
+    fake=_fake_gradients,
+    flops=lambda output_grad, input, weight, *_, out_val: _product_flops(
+        output_grad, input, weight
+    ),
+)
+_forward = Operator(
+    "linear_bias_relu_dropout(Tensor input, Tensor weight, Tensor? bias, Tensor? seed, "
+    f"{_EPILOGUE}) -> Tensor",
+    _connect,
+    fake=lambda input, weight, *_: input.new_empty(input.shape[0], weight.shape[0]),
+    save=_save,
+    backward=_gradients,
+    autocast=autocast,
+    flops=lambda input, *_, out_val: _product_flops(out_val, input),
+)

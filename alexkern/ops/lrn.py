@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from alexkern import reference
 from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
-from alexkern.runtime.launch import device_code, empty, launch
+from alexkern.runtime.launch import device_code, empty, launch, like
 from alexkern.runtime.layout import dense, dense_as, is_channels_last, outer_channels_inner
+from alexkern.runtime.operator import Operator
 
 # Channels of a window beside its own, beyond which the kernels' registers do not hold it.
 WIDEST = 16
@@ -62,7 +61,7 @@ def local_response_norm(
         return input
     if not normalisation.fits_kernels(input.shape[1]) or not runs_triton(input):
         return reference.local_response_norm(input, *normalisation)
-    output: Tensor = _LocalResponseNorm.apply(input, normalisation)
+    output: Tensor = _forward(dense(input), *normalisation)
     return output
 
 
@@ -129,26 +128,21 @@ def checked_normalisation(
     return Normalisation(size, scale, beta, k, groups)
 
 
-class _LocalResponseNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, normalisation: Normalisation) -> Tensor:
-        input = dense(input)
-        ctx.save_for_backward(input)
-        ctx.normalisation = normalisation
-        output = empty(input.shape, input, channels_last=is_channels_last(input))
-        _launch(device_code("lrn").lrn_forward, (input, output), input, normalisation)
-        return output
+def _normalise(input: Tensor, *numbers: Any) -> Tensor:
+    input = dense(input)
+    output = empty(input.shape, input, channels_last=is_channels_last(input))
+    _launch(device_code("lrn").lrn_forward, (input, output), input, Normalisation(*numbers))
+    return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
-        (input,) = ctx.saved_tensors
-        channels_last = is_channels_last(input)
-        output_grad = dense_as(output_grad, channels_last)
-        input_grad = empty(input.shape, input, channels_last=channels_last)
-        tensors = (output_grad, input, input_grad)
-        _launch(device_code("lrn").lrn_backward, tensors, input, ctx.normalisation)
-        return input_grad, None
+
+def _normalise_backward(output_grad: Tensor, input: Tensor, *numbers: Any) -> Tensor:
+    input = dense(input)
+    channels_last = is_channels_last(input)
+    output_grad = dense_as(output_grad, channels_last)
+    input_grad = empty(input.shape, input, channels_last=channels_last)
+    tensors = (output_grad, input, input_grad)
+    _launch(device_code("lrn").lrn_backward, tensors, input, Normalisation(*numbers))
+    return input_grad
 
 
 def _launch(
@@ -171,3 +165,29 @@ def _launch(
         PACKED=normalisation.packed(channels, is_channels_last(input)),
         num_warps=blocks.num_warps,
     )
+
+
+def _save(context: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+    input, *context.numbers = arguments
+    context.save_for_backward(input)
+
+
+def _input_grad(context: Any, output_grad: Tensor) -> tuple[Tensor]:
+    (input,) = context.saved_tensors
+    return (_backward(output_grad, input, *context.numbers),)
+
+
+# of an operator, in the order of :class:`Normalisation`
+NORMALISATION = "SymInt size, float scale, float beta, float k, SymInt groups"
+_backward = Operator(
+    f"local_response_norm_backward(Tensor output_grad, Tensor input, {NORMALISATION}) -> Tensor",
+    _normalise_backward,
+    fake=lambda output_grad, input, *numbers: like(input),
+)
+_forward = Operator(
+    f"local_response_norm(Tensor input, {NORMALISATION}) -> Tensor",
+    _normalise,
+    fake=lambda input, *numbers: like(input),
+    save=_save,
+    backward=_input_grad,
+)

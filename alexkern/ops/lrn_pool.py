@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from alexkern import reference
-from alexkern.ops.lrn import Normalisation, checked_normalisation, local_response_norm
-from alexkern.ops.pool import Windows, checked_windows, max_pool2d
+from alexkern.ops.lrn import (
+    NORMALISATION,
+    Normalisation,
+    checked_normalisation,
+    local_response_norm,
+)
+from alexkern.ops.pool import WINDOWS, Windows, checked_windows, max_pool2d
 from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
-from alexkern.runtime.launch import device_code, empty, launch
+from alexkern.runtime.launch import device_code, empty, launch, like
 from alexkern.runtime.layout import dense, dense_as, is_channels_last
+from alexkern.runtime.operator import Operator, backward_may_follow
 
 # Output rows of a forward program at most: its first costs half as much again as the others.
 _OUT_ROWS = 9
@@ -81,8 +85,7 @@ def lrn_max_pool2d(
         return output if input.dim() == 4 else output.squeeze(0)
     batch = dense(batch)
     if fits_one_pass(batch.shape, is_channels_last(batch), normalisation, windows):
-        save_code = torch.is_grad_enabled() and input.requires_grad
-        output = _LRNMaxPool2d.apply(batch, normalisation, windows, save_code)
+        output, _ = _forward(batch, *normalisation, *windows, backward_may_follow(batch))
     else:
         normalised = local_response_norm(batch, size, alpha, beta, k, alpha_mode, groups)
         pooled = max_pool2d(normalised, kernel_size, stride, padding, dilation, ceil_mode)
@@ -106,32 +109,12 @@ def fits_one_pass(
     return sum(normalisation.reach(shape[1])) <= 8
 
 
-class _LRNMaxPool2d(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, normalisation: Normalisation, windows: Windows, save_code: bool
-    ) -> Tensor:
-        output, code = normalise_and_pool(input, normalisation, windows, save_code)
-        ctx.save_for_backward(input, code)
-        ctx.arguments = normalisation, windows
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, code = ctx.saved_tensors
-        input_grad, _ = pooled_normalisation_grad(output_grad, input, code, *ctx.arguments)
-        return input_grad, None, None, None
-
-
 def normalise_and_pool(
     input: Tensor, normalisation: Normalisation, windows: Windows, save_code: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The output for a dense input, and for backward the tap that won each window (uint8)."""
-    channels_last = is_channels_last(input)
-    shape = (*input.shape[:2], *windows.output_size)
-    output = empty(shape, input, channels_last=channels_last)
-    code = empty(shape, input, torch.uint8, channels_last) if save_code else None
+    output, code = pooled_like(input, windows, save_code)
+    shape = output.shape
     images, chunks = shape[0], _chunks(input, normalisation)
     out_rows = -(-shape[2] // -(-shape[2] // _OUT_ROWS))
     blocks = config.chunks_of_channels(input, chunks, images * shape[3])
@@ -151,6 +134,14 @@ def normalise_and_pool(
         **_constants(input, normalisation, windows, blocks),
     )
     return output, code
+
+
+def pooled_like(input: Tensor, windows: Windows, save_code: bool) -> tuple[Tensor, Tensor | None]:
+    """Uninitialised: the two results of :func:`normalise_and_pool`."""
+    channels_last = is_channels_last(input)
+    shape = (*input.shape[:2], *windows.output_size)
+    output = empty(shape, input, channels_last=channels_last)
+    return output, empty(shape, input, torch.uint8, channels_last) if save_code else None
 
 
 def pooled_normalisation_grad(
@@ -220,3 +211,53 @@ def _constants(
         "PACKED": is_channels_last(input),
         "num_warps": blocks.num_warps,
     }
+
+
+def _forward_pass(input: Tensor, *numbers: Any) -> tuple[Tensor, Tensor | None]:
+    *both, save_code = numbers
+    return normalise_and_pool(dense(input), *parted(both), save_code)
+
+
+def _backward_pass(output_grad: Tensor, input: Tensor, code: Tensor, *numbers: Any) -> Tensor:
+    input = dense(input)
+    code = dense_as(code, is_channels_last(input))
+    return pooled_normalisation_grad(output_grad, input, code, *parted(numbers))[0]
+
+
+def parted(numbers: Sequence[Any]) -> tuple[Normalisation, Windows]:
+    """The two that were joined to an operator's arguments."""
+    split = len(Normalisation._fields)
+    return Normalisation(*numbers[:split]), Windows(*numbers[split:])
+
+
+def _save(context: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
+    input, *context.numbers, context.saved_code = arguments
+    if outputs[1] is not None:
+        context.mark_non_differentiable(outputs[1])
+    context.save_for_backward(input, outputs[1])
+
+
+def _input_grad(context: Any, output_grad: Tensor, _: None) -> tuple[Tensor]:
+    if not context.saved_code:
+        raise RuntimeError("alexkern::lrn_max_pool2d kept nothing for backward: save_code is False")
+    return (_backward(output_grad, *context.saved_tensors, *context.numbers),)
+
+
+def _fake_outputs(input: Tensor, *numbers: Any) -> tuple[Tensor, Tensor | None]:
+    *both, save_code = numbers
+    return pooled_like(input, parted(both)[1], save_code)
+
+
+NUMBERS = f"{NORMALISATION}, {WINDOWS}"
+_backward = Operator(
+    f"lrn_max_pool2d_backward(Tensor output_grad, Tensor input, Tensor code, {NUMBERS}) -> Tensor",
+    _backward_pass,
+    fake=lambda output_grad, input, *_: like(input),
+)
+_forward = Operator(
+    f"lrn_max_pool2d(Tensor input, {NUMBERS}, bool save_code) -> (Tensor, Tensor)",
+    _forward_pass,
+    fake=_fake_outputs,
+    save=_save,
+    backward=_input_grad,
+)

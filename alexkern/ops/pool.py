@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from alexkern import reference
 from alexkern.ops.arguments import pair
@@ -15,6 +13,7 @@ from alexkern.runtime import config
 from alexkern.runtime.backend import runs_triton
 from alexkern.runtime.launch import device_code, empty, launch
 from alexkern.runtime.layout import dense, dense_as, is_channels_last
+from alexkern.runtime.operator import Operator, backward_may_follow
 
 # Taps up to which a kernel unrolls a window, and pixels of a stride, each a sum in registers, up
 # to which backward does. Beyond, a loop needs fewer registers and hardly more instructions.
@@ -60,9 +59,9 @@ def max_pool2d(
     windows = checked_windows(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     if input.numel() == 0 or not runs_triton(input):
         return reference.max_pool2d(input, *windows[:4], ceil_mode, return_indices)
-    batch = input if input.dim() == 4 else input.unsqueeze(0)
-    save_code = torch.is_grad_enabled() and input.requires_grad
-    output, indices = _MaxPool2d.apply(batch, windows, save_code, return_indices)
+    batch = dense(input if input.dim() == 4 else input.unsqueeze(0))
+    save_code = backward_may_follow(batch)
+    output, _, indices = _forward(batch, *windows, save_code, return_indices)
     if input.dim() == 3:
         output = output.squeeze(0)
         indices = indices.squeeze(0) if return_indices else None
@@ -171,73 +170,71 @@ def _output_size(
     return size[0], size[1]
 
 
-class _MaxPool2d(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        windows: Windows,
-        save_code: bool,
-        return_indices: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        input = dense(input)
-        channels_last = is_channels_last(input)
-        shape = (*input.shape[:2], *windows.output_size)
-        code_dtype = torch.uint8 if windows.taps <= 256 else torch.int32
-        output = empty(shape, input, channels_last=channels_last)
-        code = empty(shape, input, code_dtype, channels_last) if save_code else None
-        indices = empty(shape, input, torch.int64, channels_last) if return_indices else None
-        _launch(
-            device_code("pool").max_pool_forward,
-            # a pointer that the kernel does not use still needs a tensor
-            (
-                input,
-                output,
-                code if code is not None else output,
-                indices if indices is not None else output,
-            ),
-            windows.output_size,
-            input.shape[2:],
-            windows,
-            output,
-            channels_last,
-            INSIDE=windows.inside(input.shape[2:]),
-            UNROLL=windows.taps if windows.taps <= _FORWARD_TAPS else 1,
-            CODE=save_code,
-            INDICES=return_indices,
-        )
-        if code is not None:
-            ctx.save_for_backward(code)
-            ctx.input_size, ctx.channels_last = input.shape[2:], channels_last
-            ctx.windows = windows
-        if indices is not None:
-            ctx.mark_non_differentiable(indices)
-        return output, indices
+def _outputs(
+    input: Tensor, windows: Windows, save_code: bool, return_indices: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Pooled values, the winners' taps and places, all in the input's layout."""
+    channels_last = is_channels_last(input)
+    shape = (*input.shape[:2], *windows.output_size)
+    code_dtype = torch.uint8 if windows.taps <= 256 else torch.int32
+    output = empty(shape, input, channels_last=channels_last)
+    code = empty(shape, input, code_dtype, channels_last) if save_code else None
+    indices = empty(shape, input, torch.int64, channels_last) if return_indices else None
+    return output, code, indices
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, output_grad: Tensor, indices_grad: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        (code,) = ctx.saved_tensors
-        output_grad = dense_as(output_grad, ctx.channels_last)
-        shape = (*code.shape[:2], *ctx.input_size)
-        input_grad = empty(shape, output_grad, channels_last=ctx.channels_last)
-        windows = ctx.windows
-        if windows.taps <= _BACKWARD_TAPS and prod(windows.stride) <= _BACKWARD_PIXELS:
-            kernel, owned = device_code("pool").max_pool_backward, windows.cells(ctx.input_size)
-        else:
-            kernel, owned = device_code("pool").max_pool_backward_looped, ctx.input_size
-        _launch(
-            kernel,
-            (output_grad, code, input_grad),
-            owned,
-            ctx.input_size,
-            windows,
-            output_grad,
-            ctx.channels_last,
-        )
-        return input_grad, None, None, None
+
+def _pool(input: Tensor, *extents: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    *numbers, save_code, return_indices = extents
+    windows = Windows(*numbers)
+    input = dense(input)
+    output, code, indices = _outputs(input, windows, save_code, return_indices)
+    _launch(
+        device_code("pool").max_pool_forward,
+        # a pointer that the kernel does not use still needs a tensor
+        (
+            input,
+            output,
+            code if code is not None else output,
+            indices if indices is not None else output,
+        ),
+        windows.output_size,
+        input.shape[2:],
+        windows,
+        output,
+        is_channels_last(input),
+        INSIDE=windows.inside(input.shape[2:]),
+        UNROLL=windows.taps if windows.taps <= _FORWARD_TAPS else 1,
+        CODE=save_code,
+        INDICES=return_indices,
+    )
+    return output, code, indices
+
+
+def _pool_backward(
+    output_grad: Tensor,
+    code: Tensor,
+    input_size: tuple[int, int],
+    channels_last: bool,
+    *extents: tuple[int, int],
+) -> Tensor:
+    windows = Windows(*extents)
+    output_grad, code = dense_as(output_grad, channels_last), dense_as(code, channels_last)
+    shape = (*code.shape[:2], *input_size)
+    input_grad = empty(shape, output_grad, channels_last=channels_last)
+    if windows.taps <= _BACKWARD_TAPS and prod(windows.stride) <= _BACKWARD_PIXELS:
+        kernel, owned = device_code("pool").max_pool_backward, windows.cells(input_size)
+    else:
+        kernel, owned = device_code("pool").max_pool_backward_looped, input_size
+    _launch(
+        kernel,
+        (output_grad, code, input_grad),
+        owned,
+        input_size,
+        windows,
+        output_grad,
+        channels_last,
+    )
+    return input_grad
 
 
 def _launch(
@@ -269,3 +266,48 @@ def _launch(
         VECTOR=blocks.vector,
         num_warps=blocks.num_warps,
     )
+
+
+def _save(context: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    input, *context.windows, save_code, _ = arguments
+    _, code, indices = outputs
+    context.mark_non_differentiable(*(t for t in (code, indices) if t is not None))
+    context.save_for_backward(code)
+    context.input_size, context.channels_last = input.shape[2:], is_channels_last(input)
+    context.saved_code = save_code
+
+
+def _input_grad(context: Any, output_grad: Tensor, *_: None) -> tuple[Tensor]:
+    if not context.saved_code:
+        raise RuntimeError("alexkern::max_pool2d kept nothing for backward: save_code was False")
+    (code,) = context.saved_tensors
+    sizes = context.input_size, context.channels_last
+    return (_backward(output_grad, code, *sizes, *context.windows),)
+
+
+def _fake_pool(input: Tensor, *extents: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    *numbers, save_code, return_indices = extents
+    return _outputs(input, Windows(*numbers), save_code, return_indices)
+
+
+# of an operator, in the order of :class:`Windows`
+WINDOWS = (
+    "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+    "SymInt[2] output_size"
+)
+_backward = Operator(
+    "max_pool2d_backward(Tensor output_grad, Tensor code, SymInt[2] input_size, "
+    f"bool channels_last, {WINDOWS}) -> Tensor",
+    _pool_backward,
+    fake=lambda output_grad, code, input_size, channels_last, *windows: empty(
+        (*code.shape[:2], *input_size), output_grad, channels_last=channels_last
+    ),
+)
+_forward = Operator(
+    f"max_pool2d(Tensor input, {WINDOWS}, bool save_code, bool return_indices) "
+    "-> (Tensor, Tensor, Tensor)",
+    _pool,
+    fake=_fake_pool,
+    save=_save,
+    backward=_input_grad,
+)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "triton", "torch")
 
 _selected: ContextVar[str | None] = ContextVar("alexkern_backend", default=None)
+# The same, as a global that torch.compile can guard: it traces no context variable before 2.14.
+_last_selected: str | None = None
 
 
 def _checked(name: str, source: str) -> str:
@@ -34,18 +36,25 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: unknown name.
 
     Outside any such block the environment variable ``ALEXKERN_KERNELS`` decides, and
-    ``auto`` if it is not set. The choice is made in forward; backward keeps it.
+    ``auto`` if it is not set. The choice is made in forward; backward keeps it. A compiled function
+    is compiled again where it is called under another backend (of which threads that differ at the
+    same time may see each other's); the variable is read once, when it is compiled.
     """
+    global _last_selected
     token = _selected.set(_checked(name, "backend"))
+    before, _last_selected = _last_selected, name
     try:
         yield
     finally:
         _selected.reset(token)
+        _last_selected = before
 
 
 def current_backend() -> str:
     """The backend in force: the innermost :func:`use_backend`, else ``ALEXKERN_KERNELS``."""
-    selected = _selected.get()
+    import torch
+
+    selected = _last_selected if torch.compiler.is_compiling() else _selected.get()
     if selected is not None:
         return selected
     return _checked(os.environ.get("ALEXKERN_KERNELS", "auto"), "ALEXKERN_KERNELS")

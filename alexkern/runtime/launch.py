@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexkern.runtime.layout import is_channels_last
+
 # Kernels compute offsets in 32 bits up to here. A block's masked lanes may lie past the end of
 # a tensor, hence the margin.
 _INT32_LIMIT = 2**31 - 2**24
@@ -50,6 +52,11 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorder.reset(token)
 
 
+def are_recorded() -> bool:
+    """Whether launches are collected instead of made."""
+    return _recorder.get() is not None
+
+
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Fill every result with NaN (or the largest integer) first, to expose unwritten elements."""
@@ -77,6 +84,12 @@ def empty(
     if _poison and not result.is_meta:
         result.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max)
     return result
+
+
+def like(tensor: Tensor) -> Tensor:
+    """Uninitialised: of the shape and dtype of a tensor, dense in the order of its memory."""
+    channels_last = tensor.dim() >= 3 and is_channels_last(tensor)
+    return empty(tensor.shape, tensor, channels_last=channels_last)
 
 
 def tensor_descriptor(tensor: Tensor, block: Sequence[int]) -> Any:
@@ -141,8 +154,7 @@ def launch(
             )
     constants["INT64"] = any(_extent(tensor) > _INT32_LIMIT for tensor in tensors)
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    recorder = _recorder.get()
-    if recorder is not None:
+    if (recorder := _recorder.get()) is not None:
         recorder.append(Launch(kernel, grid, arguments, constants, options))
         return
     if device.type == "cuda":

@@ -237,12 +237,34 @@ def test_backward_is_deterministic(randn, triton, operands, stem, layout):
         check_same(one, other)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_double_backward_raises(randn, triton, operands, stem):
+@pytest.mark.parametrize("linear_loss", [False, True])
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if stem not in ("pool", "dropout")])
+def test_double_backward_raises(randn, triton, operands, stem, linear_loss):
+    """Also where another path to the operands would hide that this one is missing."""
     output, wanted = check_grads_of(stem, randn(*SHAPE), operands())
-    (grad, *_) = torch.autograd.grad(output.square().sum(), wanted, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    loss = output.sum() if linear_loss else output.square().sum()
+    (grad, *_) = torch.autograd.grad(loss, wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        (grad.sum() + sum(tensor.sum() for tensor in wanted)).backward()
+
+
+def test_double_backward_of_pooling(randn, triton, operands):
+    """Of what is linear between ties, only the gradient that arrives has a second derivative."""
+    output, (input,) = check_grads_of("pool", randn(*SHAPE), operands())
+    (grad,) = torch.autograd.grad(output.sum(), input, create_graph=True)
+    assert not grad.requires_grad
+    (grad,) = torch.autograd.grad(output.square().sum(), input, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
+
+
+def test_double_backward_of_dropout(randn, triton, operands):
+    """Its backward is the op itself."""
+    output, (input,) = check_grads_of("dropout", randn(*SHAPE), operands())
+    (grad,) = torch.autograd.grad(output.square().sum() / 2, input, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), input)
+    scale = torch.tensor(1 / 0.6, dtype=torch.float32)
+    check_same(second, torch.where(output != 0, scale * scale, 0.0))
 
 
 @pytest.mark.parametrize("stem", STEMS)
