@@ -10,7 +10,6 @@ from alexkern.ops.arguments import autocast
 from alexkern.ops.conv_passes import Extents
 from alexkern.ops.lrn import Normalisation, checked_normalisation
 from alexkern.ops.lrn_pool import (
-    NUMBERS,
     fits_one_pass,
     lrn_max_pool2d,
     normalise_and_pool,
@@ -191,7 +190,11 @@ def _fake_layer(
 
 
 _NAME = "conv2d_bias_relu_lrn_max_pool2d"
-_NUMBERS = f"{conv_passes.EXTENTS}, {NUMBERS}, bool save_code, str backend"
+_TAIL = (
+    "SymInt size, float scale, float beta, float k, SymInt norm_groups, SymInt[2] kernel_size, "
+    "SymInt[2] pool_stride, SymInt[2] pool_padding, SymInt[2] pool_dilation, SymInt[2] output_size"
+)
+_NUMBERS = f"{conv_passes.EXTENTS}, {_TAIL}, bool save_code, str backend"
 _backward = Operator(
     f"{_NAME}_backward(Tensor output_grad, Tensor? input, Tensor? weight, Tensor activation, "
     f"Tensor code, SymInt[4] input_shape, bool channels_last, bool[3] needs, {_NUMBERS}) "

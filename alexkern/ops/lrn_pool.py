@@ -248,14 +248,14 @@ def _fake_outputs(input: Tensor, *numbers: Any) -> tuple[Tensor, Tensor | None]:
     return pooled_like(input, parted(both)[1], save_code)
 
 
-NUMBERS = f"{NORMALISATION}, {WINDOWS}"
+_NUMBERS = f"{NORMALISATION}, {WINDOWS}"
 _backward = Operator(
-    f"lrn_max_pool2d_backward(Tensor output_grad, Tensor input, Tensor code, {NUMBERS}) -> Tensor",
+    f"lrn_max_pool2d_backward(Tensor output_grad, Tensor input, Tensor code, {_NUMBERS}) -> Tensor",
     _backward_pass,
     fake=lambda output_grad, input, *_: like(input),
 )
 _forward = Operator(
-    f"lrn_max_pool2d(Tensor input, {NUMBERS}, bool save_code) -> (Tensor, Tensor)",
+    f"lrn_max_pool2d(Tensor input, {_NUMBERS}, bool save_code) -> (Tensor, Tensor)",
     _forward_pass,
     fake=_fake_outputs,
     save=_save,
