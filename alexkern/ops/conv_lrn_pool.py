@@ -170,12 +170,13 @@ def _save(
 
 
 def _gradients(context: Any, output_grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor]:
-    if not context.saved_tensors:
+    saved = context.saved_tensors
+    if not saved:
         raise RuntimeError(f"alexkern::{_NAME} kept nothing for backward: save_code was False")
     needs = context.needs_input_grad[:3]
     shape = context.input_shape, context.channels_last
     grads: tuple[Tensor, Tensor, Tensor] = _backward(
-        output_grad, *context.saved_tensors, *shape, needs, *context.numbers
+        output_grad, *saved, *shape, needs, *context.numbers
     )
     return grads
 

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,8 @@ _INT32_LIMIT = 2**31 - 2**24
 
 _logger = logging.getLogger("alexkern")
 _poison = False
+# Triton's interpreter keeps what it runs in globals.
+_interpreter = Lock()
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,8 @@ def launch(
             kernel[grid](*arguments, **constants, **options)
         return
     _check_interpreter(kernel, device)
-    kernel[grid](*arguments, **constants)
+    with _interpreter:
+        kernel[grid](*arguments, **constants)
 
 
 def _extent(tensor: Tensor) -> int:

@@ -15,7 +15,13 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor itself if it is dense in a supported layout, else one contiguous copy."""
+    """The tensor itself if it is dense in a supported layout, else one contiguous copy.
+
+    Raises:
+        NotImplementedError: not a strided tensor.
+    """
+    if tensor.layout is not torch.strided:
+        raise NotImplementedError(f"kernels take strided tensors, got layout {tensor.layout}")
     if tensor.is_contiguous() or (tensor.dim() >= 3 and is_channels_last(tensor)):
         return tensor
     return tensor.contiguous()

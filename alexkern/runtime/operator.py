@@ -83,6 +83,7 @@ class Operator:
     def _record(self, keys: Any, *arguments: Any) -> Any:
         """The dispatcher's autograd kernel."""
         run = partial(self._below_autograd, keys)
+        arguments = _with_tuples(arguments)  # as eager calls have them, also in backward
         differentiated = torch.is_grad_enabled() and _C._any_requires_grad(*arguments)
         if not differentiated and not _has_dual_level():
             return run(*arguments)
@@ -152,9 +153,13 @@ def _is_plain(argument: Any) -> bool:
     return ordinary and not argument.is_neg() and (not argument.is_meta or are_recorded())
 
 
+def _with_tuples(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
+
+
 def _whole(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call with tuples in place of lists; empty tensors in place of superfluous results."""
-    result = function(*(tuple(a) if isinstance(a, list) else a for a in arguments))
+    result = function(*_with_tuples(arguments))
     if isinstance(result, Tensor):
         return result
     some = next(a for a in arguments if isinstance(a, Tensor))
