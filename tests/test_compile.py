@@ -48,7 +48,7 @@ def graphs() -> Iterator[Graphs]:
     ("layout", "dynamic"),
     [
         ("nchw", True),
-        ("channels_last", False),
+        pytest.param("channels_last", False, marks=pytest.mark.slow),
         pytest.param("channels_last", True, marks=pytest.mark.slow),
     ],
 )
@@ -90,7 +90,7 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(randn, device, backend, graphs, name, training):
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def test_a_mode_sees_one_node_per_pass(triton, operands, case, layout):
     ("layout", "dtype"),
     [
         ("nchw", torch.float32),
-        ("channels_last", torch.float16),
+        pytest.param("channels_last", torch.float16, marks=pytest.mark.slow),
         pytest.param("nchw", torch.float16, marks=pytest.mark.slow),
         pytest.param("channels_last", torch.float32, marks=pytest.mark.slow),
         # products in the interpreter are no truth in bfloat16, but agree with themselves
