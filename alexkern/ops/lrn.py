@@ -128,7 +128,8 @@ def checked_normalisation(
     return Normalisation(size, scale, beta, k, groups)
 
 
-def _normalise(input: Tensor, *numbers: Any) -> Tensor:
+def normalise(input: Tensor, *numbers: Any) -> Tensor:
+    """The forward pass; ``numbers`` are those of :class:`Normalisation`."""
     input = dense(input)
     output = empty(input.shape, input, channels_last=is_channels_last(input))
     _launch(device_code("lrn").lrn_forward, (input, output), input, Normalisation(*numbers))
@@ -186,7 +187,7 @@ _backward = Operator(
 )
 _forward = Operator(
     f"local_response_norm(Tensor input, {NORMALISATION}) -> Tensor",
-    _normalise,
+    normalise,
     fake=lambda input, *numbers: like(input),
     save=_save,
     backward=_input_grad,

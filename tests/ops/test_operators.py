@@ -1,6 +1,7 @@
 """The ops as PyTorch's dispatcher, transforms, modes and tracers see them."""
 
 import threading
+import timeit
 from functools import partial
 
 import cases
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from alexkern import ops, use_backend
+from alexkern.runtime.launch import record_launches
 
 
 @pytest.fixture
@@ -253,6 +255,27 @@ def test_checkpointing(triton, operands, case):
         check_all_same(value_and_grads(selective, *tensors), expected)
     assert "alexkern" in asked
     assert len(seen.names) == 2  # forward is not run again
+
+
+def test_cost_on_the_host(triton):
+    """An eager call takes at most half as long again as a bare autograd function around it."""
+    image = torch.empty(128, 96, 27, 27, device="meta", requires_grad=True)
+
+    class Bare(torch.autograd.Function):
+        @staticmethod
+        def forward(context, input, *numbers):
+            context.save_for_backward(input)
+            context.numbers = numbers
+            return ops.lrn.normalise(input, *numbers)
+
+    with record_launches() as launches:
+
+        def shortest(call):
+            times = timeit.repeat(lambda: (call(), launches.clear()), number=200, repeat=9)
+            return min(times)
+
+        bare = shortest(lambda: Bare.apply(image, 5, 2e-5, 0.75, 1.0, 1))
+        assert shortest(lambda: ops.local_response_norm(image, 5)) < 1.5 * bare
 
 
 def test_lazily_negated_input(triton, device):
