@@ -171,6 +171,26 @@ def test_transforms(triton, operands, case):
     check_same(batched, torch.stack(singles))
 
 
+def test_nested_transforms(randn, triton):
+    """Jacobians, and a gradient of a gradient that meets the op once."""
+    image, other = randn(1, 3, 2, 2), randn(1, 3, 2, 2, seed=1)
+
+    def normalise(image):
+        return ops.local_response_norm(image, 3, 0.5)
+
+    jacobian = torch.func.jacrev(normalise)(image)
+    (leaf,) = leaves(image)
+    values = normalise(leaf).flatten()
+    rows = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in values]
+    check_same(jacobian.view(-1, *image.shape), torch.stack(rows))
+
+    def inner(outer):
+        return torch.func.grad(lambda x: (normalise(outer) * x).sum())(other).sum()
+
+    (expected,) = torch.autograd.grad(normalise(leaf).sum(), leaf)
+    check_same(torch.func.grad(inner)(image), expected)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_transforms_without_a_formula_raise(triton, operands, case):
     """A tangent is never dropped, nor a second derivative taken for zero."""
