@@ -36,6 +36,9 @@ from alexkern.nn import (
 __all__ = ["Left", "Replaced", "Report", "accelerate", "restore"]
 
 
+_ROOT = "the model"  # which has no name
+
+
 @dataclass(frozen=True)
 class Replaced:
     """Modules whose work one op does now.
@@ -216,7 +219,9 @@ class _Step:
             _take(other, Absorbed, {})
 
     def replaced(self) -> Replaced:
-        return Replaced(self.names, self.now.__name__.removeprefix("_"))
+        return Replaced(
+            tuple(name or _ROOT for name in self.names), self.now.__name__.removeprefix("_")
+        )
 
 
 def _take(module: nn.Module, now: type[nn.Module], attributes: dict[str, Any]) -> None:
@@ -247,7 +252,7 @@ def _obstacle(module: nn.Module, wanted: type[nn.Module]) -> str:
     if parametrize.is_parametrized(module):
         return "is parametrized"
     if type(module) is not wanted:
-        return f"is a {type(module).__name__}, which may compute something else"
+        return f"is of class {type(module).__name__}, which may compute something else"
     if _hooked(module):
         return "has hooks, which would see something else"
     if "forward" in module.__dict__:
@@ -267,14 +272,12 @@ def _plan(
         if wanted is None or type(module) in _OURS or name in absorbed:
             continue
         obstacle = _obstacle(module, wanted)
-        if not obstacle and module is model:
-            obstacle = "is the model itself, whose class stays"
         step = None if obstacle else _step(name, names, found)
         if isinstance(step, _Step):
             steps.append(step)
             absorbed.update(step.names[1:])
         else:
-            left.append(Left(name or type(module).__name__, obstacle or str(step)))
+            left.append(Left(name or _ROOT, obstacle or str(step)))
     # a pool may come before its norm in the order of names
     steps = [step for step in steps if step.names[0] not in absorbed]
     return steps, left
@@ -338,7 +341,7 @@ class _Neighbours:
             reason = (str(problem).strip().splitlines() or [""])[0][:200]
             self.remarks.append(
                 Left(
-                    type(model).__name__,
+                    _ROOT,
                     f"does not trace ({type(problem).__name__}: {reason}): only neighbours in an "
                     "nn.Sequential are fused, and calls of functions are not seen",
                 )
@@ -505,6 +508,8 @@ def _graphs(model: nn.Module) -> list[fx.Graph]:
     Raises:
         Exception: the model does not trace, or what it does depends on random numbers.
     """
+    if isinstance(model, _CANDIDATES):
+        return []  # a layer has nothing inside
     hooked = {name for name, module in model.named_modules() if _hooked(module)}
     graphs = []
     for training in (None, True, False):
@@ -539,14 +544,14 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """Torch's modules and ours are single calls; what a hook would see counts as used."""
+    """Layers are single calls, and those who inherit from one; what a hook would see is used."""
 
     def __init__(self, hooked: set[str]) -> None:
         super().__init__()
         self.hooked = hooked
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, (*_OURS, Absorbed))
+        leaf = isinstance(m, (*_CANDIDATES, nn.ReLU, LRNMaxPool2d, Absorbed))
         return leaf or bool(super().is_leaf_module(m, module_qualified_name))
 
     def call_module(
