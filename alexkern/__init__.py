@@ -4,19 +4,32 @@
 """
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from alexkern.runtime.backend import use_backend
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "data", "models", "nn", "ops", "optim", "training", "use_backend"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "data",
+    "models",
+    "nn",
+    "ops",
+    "optim",
+    "restore",
+    "training",
+    "use_backend",
+]
 
 _SUBMODULES = frozenset(
-    {"data", "models", "nn", "ops", "optim", "reference", "runtime", "training"}
+    {"acceleration", "data", "models", "nn", "ops", "optim", "reference", "runtime", "training"}
 )
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return import_module(f"{__name__}.{name}")
+    if name in ("accelerate", "restore"):
+        return getattr(import_module(f"{__name__}.acceleration"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ EXAMPLES = [
     for page in WITH_EXAMPLES
     for number, block in enumerate(blocks(page, "python"), 1)
 ]
-FOLDERS = ("alexkern", "bench", "docs", "kernels", "tests")
+FOLDERS = ("alexkern", "bench", "docs", "examples", "kernels", "tests")
 FILES = [
     path.relative_to(ROOT).as_posix()
     for found in (ROOT.glob("*.*"), *((ROOT / folder).rglob("*.*") for folder in FOLDERS))
