@@ -21,3 +21,5 @@ def test_example(path):
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     assert run.stdout
+    if path.stem == "accelerate_torchvision":
+        assert "replaced: 30" in run.stdout
