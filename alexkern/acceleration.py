@@ -10,7 +10,7 @@ import copy
 import inspect
 import operator
 import random
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,9 +113,9 @@ def accelerate(model: nn.Module) -> Report:
 
     What a model computes stays what it was, up to rounding and to which random units are dropped
     (``docs/numerics.md``). But neighbours share one output from now on: who calls the first one by
-    itself, or hooks it, gets what the last one gave, and the ``p`` and the mode of a dropout
-    behind a ``nn.Linear`` are the linear's. :func:`restore` before changing such things. Branches
-    that depend on the type of an argument, or on attributes that change later, cannot be seen.
+    itself, or hooks it, gets what the last one gave. :func:`restore` before looking inside, and
+    give the whole model, as a part does not show what else calls its modules. Branches that depend
+    on the type of an argument, or on attributes that change later, cannot be seen.
 
     Returns:
         What was replaced, and what was left and why. Of a model that was accelerated before,
@@ -130,6 +130,10 @@ def accelerate(model: nn.Module) -> Report:
     steps, left = _plan(model, names, found)
     for step in steps:
         step.take(names)
+    if steps and not found.still(model):
+        for name in chain.from_iterable(step.names for step in steps):
+            _give_back(names[name])
+        steps, left = [], [Left(_ROOT, "calls others when the classes of its modules change")]
     return Report(tuple(step.replaced() for step in steps), tuple(left))
 
 
@@ -152,10 +156,7 @@ def restore(model: nn.Module) -> None:
                 "remove what changed its class (a parametrization?) first"
             )
     for module in taken.values():
-        was: _Taken = module.__dict__.pop(_TAKEN)
-        module.__class__ = was.before
-        for attribute in was.added:
-            del module.__dict__[attribute]
+        _give_back(module)
 
 
 def _check_module(function: str, model: object) -> None:
@@ -177,16 +178,42 @@ class _Taken:
     added: tuple[str, ...]
 
 
-class Absorbed(nn.Identity):
-    """Stands where a module stood whose work is done by the one before."""
+class _Named(nn.Module):
+    """Shown by the name that follows the underscore."""
 
-    def extra_repr(self) -> str:
-        """What ``repr`` shows in brackets."""
-        taken: _Taken = self.__dict__[_TAKEN]
-        return taken.before.__name__
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("_")
 
 
-class _LRNMaxPool2d(LRNMaxPool2d):
+class Absorbed(_Named):
+    """Stands where a module stood whose work is done by one before."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the one before gave."""
+        return input
+
+
+class _AbsorbedReLU(Absorbed, nn.ReLU):
+    pass
+
+
+class _AbsorbedMaxPool2d(Absorbed, nn.MaxPool2d):
+    pass
+
+
+class _AbsorbedDropout(Absorbed, nn.Dropout):
+    pass
+
+
+# each of the class that it was as well, for who asks with isinstance
+_ABSORBED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.ReLU: _AbsorbedReLU,
+    nn.MaxPool2d: _AbsorbedMaxPool2d,
+    nn.Dropout: _AbsorbedDropout,
+}
+
+
+class _LRNMaxPool2d(_Named, LRNMaxPool2d, nn.LocalResponseNorm):
     """LRN, then max-pool, as the two modules of torch are on [C, H, W] as well.
 
     There :class:`torch.nn.LocalResponseNorm` takes C for the batch, and H for the channels.
@@ -200,8 +227,22 @@ class _LRNMaxPool2d(LRNMaxPool2d):
         windows = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         return cast(Tensor, ops.max_pool2d(normalised, *windows))
 
-    def _get_name(self) -> str:
-        return LRNMaxPool2d.__name__
+
+class _LinearBiasReLUDropout(_Named, LinearBiasReLUDropout):
+    """With the probability and the mode of the dropout that stands behind, whatever they are."""
+
+    dropout: tuple[nn.Dropout]  # a tuple, so that it stays at its own name only
+
+    def forward(self, input: Tensor, *, seed: Tensor | None = None) -> Tensor:
+        """Of [*, in_features]."""
+        (dropout,) = self.dropout
+        operands = (input, self.weight, self.bias)
+        return ops.linear_bias_relu_dropout(*operands, dropout.p, dropout.training, seed=seed)
+
+    @property
+    def p(self) -> float:  # type: ignore[override]
+        """That of the dropout."""
+        return self.dropout[0].p
 
 
 @dataclass(frozen=True)
@@ -216,7 +257,7 @@ class _Step:
         first, *others = (names[name] for name in self.names)
         _take(first, self.now, self.attributes)
         for other in others:
-            _take(other, Absorbed, {})
+            _take(other, _ABSORBED[type(other)], {})
 
     def replaced(self) -> Replaced:
         return Replaced(
@@ -229,6 +270,13 @@ def _take(module: nn.Module, now: type[nn.Module], attributes: dict[str, Any]) -
     module.__dict__.update(attributes)
     module.__dict__[_TAKEN] = _Taken(type(module), now, added)
     module.__class__ = now
+
+
+def _give_back(module: nn.Module) -> None:
+    taken: _Taken = module.__dict__.pop(_TAKEN)
+    module.__class__ = taken.before
+    for attribute in taken.added:
+        del module.__dict__[attribute]
 
 
 _SINGLES: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
@@ -269,7 +317,9 @@ def _plan(
     absorbed: set[str] = set()
     for name, module in model.named_modules():
         wanted = next((kind for kind in _CANDIDATES if isinstance(module, kind)), None)
-        if wanted is None or type(module) in _OURS or name in absorbed:
+        if wanted is None or type(module) in _OURS or _TAKEN in module.__dict__:
+            continue
+        if name in absorbed:
             continue
         obstacle = _obstacle(module, wanted)
         step = None if obstacle else _step(name, names, found)
@@ -298,14 +348,12 @@ def _step(name: str, names: dict[str, nn.Module], found: "_Neighbours") -> "_Ste
         return relu.reason
     if isinstance(module, nn.Conv2d):
         return _Step((name, relu.name), Conv2dBiasReLU, {"activation": "relu"})
-    attributes = {"p": 0.0, "activation": "relu", "mode": "inverted"}
+    shared: dict[str, Any] = {"activation": "relu", "mode": "inverted"}
     dropout = found.follower(relu.name, nn.Dropout)
-    # of two in different modes, one would get the other's
-    modes = names[dropout.name].training == module.training if dropout.name else False
-    if not modes or found.changes_in_place(dropout.name):
-        return _Step((name, relu.name), LinearBiasReLUDropout, attributes)
-    attributes["p"] = names[dropout.name].p
-    return _Step((name, relu.name, dropout.name), LinearBiasReLUDropout, attributes)
+    if not dropout.name or found.changes_in_place(dropout.name):
+        return _Step((name, relu.name), LinearBiasReLUDropout, {"p": 0.0, **shared})
+    shared["dropout"] = (names[dropout.name],)
+    return _Step((name, relu.name, dropout.name), _LinearBiasReLUDropout, shared)
 
 
 def _pooling(pool: nn.Module) -> dict[str, Any]:
@@ -371,6 +419,15 @@ class _Neighbours:
             return _Follower(reason=f"its {wanted.__name__}, {found.name}, {obstacle}")
         return found
 
+    def still(self, model: nn.Module) -> bool:
+        """Whether the model calls what it called, as one that asks for classes may not."""
+        if self.graphs is None:
+            return True
+        try:
+            return list(map(str, _graphs(model))) == list(map(str, self.graphs))
+        except Exception:
+            return False
+
     def changes_in_place(self, name: str) -> bool:
         """Whether a module's output may be written to by who gets it.
 
@@ -432,16 +489,11 @@ def _neighbours_in_sequentials(model: nn.Module) -> dict[str, str]:
 
 def _calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     """The calls of each module; an empty list for one that is not called."""
-    calls = _Calls()
+    calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_module":
             calls[str(node.target)].append(node)
     return calls
-
-
-class _Calls(dict[str, list[fx.Node]]):
-    def __missing__(self, name: str) -> list[fx.Node]:
-        return self.setdefault(name, [])
 
 
 # fx shows x += y as x + y
@@ -510,6 +562,8 @@ def _graphs(model: nn.Module) -> list[fx.Graph]:
     """
     if isinstance(model, _CANDIDATES):
         return []  # a layer has nothing inside
+    if "forward" in model.__dict__:
+        raise TypeError("its forward is not that of its class")
     hooked = {name for name, module in model.named_modules() if _hooked(module)}
     graphs = []
     for training in (None, True, False):
@@ -551,7 +605,7 @@ class _Tracer(fx.Tracer):
         self.hooked = hooked
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, (*_CANDIDATES, nn.ReLU, LRNMaxPool2d, Absorbed))
+        leaf = isinstance(m, (*_CANDIDATES, nn.ReLU, LRNMaxPool2d))
         return leaf or bool(super().is_leaf_module(m, module_qualified_name))
 
     def call_module(

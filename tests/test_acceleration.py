@@ -630,14 +630,64 @@ def test_model_of_one_layer(make):
     check_left(nn.Linear(2, 2), "is not called")
 
 
-def test_modes_that_differ_are_not_joined():
-    """As who samples with dropout in evaluation does."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Dropout()).eval()
-    model[2].train()
-    report = alexkern.accelerate(model)
-    assert replaced(report) == [("0", "1", "LinearBiasReLUDropout"), ("2", "Dropout")]
-    assert model[0].p == 0
-    assert (model[0].training, model[2].training) == (False, True)
+def test_layer_that_pads_and_has_no_bias(randn, backend):
+    keys = {"padding": "same", "padding_mode": "circular", "bias": False}
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, **keys), nn.ReLU()).double()
+    twin = copy.deepcopy(model)
+    assert alexkern.accelerate(model).replaced
+    check_equal(model, twin, randn(2, 3, 5, 4).double())
+
+
+def test_who_asks_for_classes(randn):
+    """As code that gathers what each ReLU gives."""
+
+    class Net(nn.Module):
+        def __init__(self, is_relu):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
+            self.is_relu = is_relu
+
+        def forward(self, x):
+            gathered = 0.0
+            for module in self.body:
+                x = module(x)
+                if self.is_relu(module):
+                    gathered = gathered + x.sum()
+            return gathered
+
+    model = Net(lambda module: isinstance(module, nn.ReLU))
+    twin = copy.deepcopy(model)
+    assert len(alexkern.accelerate(model).replaced) == 2
+    check_equal(model, twin, randn(2, 3, 5, 4))
+    check_left(Net(lambda module: type(module) is nn.ReLU), "when the classes of its modules")
+
+
+def test_forward_of_the_object():
+    model = relu_net(lambda self, x: self.relu(self.conv(x)))
+    model.forward = lambda x: model.conv(x)
+    check_left(model, "does not trace", "its forward is not that of its class")
+
+
+def test_dropout_by_itself(randn):
+    """As who samples with dropout in evaluation does, and who sets p during training."""
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Dropout()).eval()
+    assert len(alexkern.accelerate(model).replaced) == 1
+    input = randn(5, 20)
+    whole = model(input)
+    check_same(model(input), whole)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(model(input), model(input))
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin[2].p = 1.0
+        assert not twin(input).any()
+        assert "p=1.0" in repr(twin[0])
+        twin[2].p = 0.0
+        check_same(twin(input), whole)
+    alexkern.restore(model)
+    assert model[2].training
+    assert not model[0].training
 
 
 @pytest.mark.parametrize("traces", [True, False])
@@ -735,7 +785,7 @@ def test_restore_refuses_what_has_another_class():
     parametrize.register_parametrization(model.conv2, "weight", nn.Identity())
     with pytest.raises(RuntimeError, match="conv2 has become a ParametrizedConv2dBiasReLU"):
         alexkern.restore(model)
-    assert type(model.norm).__bases__ == (LRNMaxPool2d,)
+    assert isinstance(model.norm, LRNMaxPool2d)
     parametrize.remove_parametrizations(model.conv2, "weight")
     alexkern.restore(model)
     assert type(model.conv2) is nn.Conv2d
@@ -797,7 +847,7 @@ def test_flags_of_each_module_stay():
 def test_a_part_of_a_model():
     model = Forked()
     alexkern.accelerate(model.head)
-    assert type(model.head[0]) is LinearBiasReLUDropout
+    assert isinstance(model.head[0], LinearBiasReLUDropout)
     assert type(model.norm) is nn.LocalResponseNorm
     alexkern.accelerate(model)
     alexkern.restore(model.head)
@@ -809,7 +859,7 @@ def test_what_is_shown():
     model = Forked()
     report = alexkern.accelerate(model)
     assert isinstance(model.relu2, Absorbed)
-    assert repr(model.relu2) == "Absorbed(ReLU)"
+    assert repr(model.relu2) == "AbsorbedReLU(inplace=True)"
     assert repr(model.norm).startswith("LRNMaxPool2d(3, alpha=0.1")
     assert report.replaced[0] == Replaced(("norm", "pool"), "LRNMaxPool2d")
     assert str(report).splitlines() == [
