@@ -17,7 +17,7 @@ def test_opens_with_the_two_commands() -> None:
     assert first.startswith("pip install")
     assert first.endswith("python train_alexnet.py --kernels triton")
     assert second.startswith("pip install")
-    assert second.endswith("pytest")
+    assert second.endswith("pytest -n auto")
 
 
 def test_python_examples_run() -> None:

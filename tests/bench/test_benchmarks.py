@@ -14,10 +14,15 @@ from bench.record import Record, load
 ROOT = Path(__file__).parents[2]
 
 
+def _inherited() -> dict[str, str]:
+    """Without what tells that this test runs beside others, for which benchmarks stand aside."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+
+
 def bench(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+        command, capture_output=True, text=True, cwd=ROOT, env={**_inherited(), **environment}
     )
 
 
@@ -94,7 +99,7 @@ def test_the_borrowed_gpu_script_ends_with_a_table_and_leaves_a_record(tmp_path:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**_inherited(), **environment},
     )
     assert run.returncode == 0, run.stdout + run.stderr
     suites = {"ops", "path", "network"}
@@ -119,6 +124,8 @@ def test_outcome_of_a_test_run_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_gpu_script_knows_its_slices() -> None:
-    run = subprocess.run(["bash", "bench/on_gpu.sh", "7"], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(
+        ["bash", "bench/on_gpu.sh", "7"], capture_output=True, text=True, cwd=ROOT, env=_inherited()
+    )
     assert run.returncode == 2
     assert "no slice 7: 1, 2 or 3" in run.stderr
