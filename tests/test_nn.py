@@ -510,3 +510,21 @@ def test_refused_at_construction(make, named):
 def test_is_reached_from_the_package():
     assert alexkern.nn.MaxPool2d is MaxPool2d
     assert "nn" in alexkern.__all__
+
+
+def test_moved_between_calls(randn, device, backend):
+    """A module follows its parameters to another dtype, layout and device, and back."""
+    module = Conv2dBiasReLU(6, 4, 3, padding=1).to(device)
+    image = randn(2, 6, 7, 5)
+    module(image).sum().backward()
+    moved = module.to(torch.bfloat16, memory_format=torch.channels_last)(image.bfloat16())
+    assert moved.dtype == torch.bfloat16
+    module.zero_grad()
+    moved.float().sum().backward()
+    assert module.weight.grad.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="should be the same"):
+        module(image)
+    assert copy.deepcopy(module).to("meta")(image.bfloat16().to("meta")).is_meta
+    module.to(torch.float32, memory_format=torch.contiguous_format)
+    expected = alexkern.ops.conv2d_bias_relu(image, module.weight, module.bias, 1, 1)
+    check_same(module(image), expected)
