@@ -169,10 +169,8 @@ def test_squeezenet(randn, device, training):
     check_equal(model, twin, randn(2, 3, 67, 75).double())
 
 
-@pytest.mark.parametrize(
-    ("aux_logits", "training"),
-    [pytest.param(True, True, marks=pytest.mark.slow), (False, False)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("aux_logits", "training"), [(True, True), (False, False)])
 def test_googlenet(randn, device, aux_logits, training):
     """Its convolutions are normalised before the ReLU, which is a function."""
     model = torchvision_model("googlenet", aux_logits=aux_logits, init_weights=False)
