@@ -13,6 +13,8 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
         TypeError: neither an int nor a sequence of ints.
         RuntimeError: another number of elements.
     """
+    if isinstance(value, int):
+        return value, value
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     if not all(isinstance(element, int) for element in values):
         raise TypeError(f"{name} must be an int or a tuple of ints, got {value!r}")

@@ -155,7 +155,7 @@ def launch(
                 "Expected all tensors to be on the same device, "
                 f"but found at least two devices, {device} and {tensor.device}!"
             )
-    constants["INT64"] = any(_extent(tensor) > _INT32_LIMIT for tensor in tensors)
+    constants["INT64"] = any(map(_is_long, tensors))
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if (recorder := _recorder.get()) is not None:
         recorder.append(Launch(kernel, grid, arguments, constants, options))
@@ -169,11 +169,12 @@ def launch(
         kernel[grid](*arguments, **constants)
 
 
-def _extent(tensor: Tensor) -> int:
-    """Elements between a tensor's first and last, in memory."""
-    return sum(
-        (extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+def _is_long(tensor: Tensor) -> bool:
+    """Whether 32 bits may not reach from a tensor's first element to its last, in memory."""
+    if tensor.untyped_storage().nbytes() <= _INT32_LIMIT:
+        return False  # known at a fifth of the cost
+    extents = zip(tensor.shape, tensor.stride(), strict=True)
+    return sum((extent - 1) * stride for extent, stride in extents) > _INT32_LIMIT
 
 
 def _check_interpreter(kernel: Any, device: torch.device) -> None:
