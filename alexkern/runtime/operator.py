@@ -122,7 +122,10 @@ def backward_may_follow(*tensors: Tensor | None) -> bool:
 
 
 def _watched() -> bool:
-    """Whether a mode, a transform or a trace wants to see every operator."""
+    """Whether a mode, a transform or a trace wants to see every operator.
+
+    Autocast is none of them: the ops cast before they call an operator.
+    """
     return bool(
         _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
