@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alexkern import ops
-from alexkern.data import Batches, Split, iterate, load_dataset, training_batches
+from alexkern.data import Augmentation, Batches, Split, iterate, load_dataset, training_batches
 from alexkern.models import PRESETS
 from bench.conftest import Keep
 from bench.layers import BATCH
@@ -35,8 +35,8 @@ def _key(step: str, variant: str = "alexkern") -> Key:
 
 
 def _batches(split: Split) -> Batches:
-    margin = PAPER.stored_size - PAPER.crop_size
-    return training_batches(split, 0, 0, BATCH, margin, flip=True)
+    offsets = PAPER.stored_size - PAPER.crop_size + 1
+    return training_batches(split, 0, 0, BATCH, Augmentation(PAPER.crop_size, offsets, flip=True))
 
 
 def _in_memory() -> Batches:
@@ -53,10 +53,11 @@ def test_stored_images_to_batch(benchmark: Any, keep: Keep) -> None:
 
 
 def test_batch_to_input(benchmark: Any, keep: Keep) -> None:
-    """Crops and the float work, which belong on the GPU where there is one."""
+    """The float work, which belongs on the GPU where there is one."""
     (batch,) = iterate(_in_memory(), first=1)
     mean = torch.full((PAPER.crop_size, PAPER.crop_size, 3), 120.0)
-    benchmark(lambda: ops.augment(batch.images, batch.corners, batch.flips, mean))
+    corners = torch.zeros(BATCH, 2, dtype=torch.int64)
+    benchmark(lambda: ops.augment(batch.images, corners, batch.flips, mean, 1.0, batch.shift))
     keep(_key("batch_to_input"))
 
 

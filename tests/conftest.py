@@ -5,6 +5,10 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
+# Small tensors, on as many workers as there are cores: more threads would only wait for each
+# other. Read when torch is imported, by the processes that tests start as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch

@@ -1,18 +1,24 @@
 """Images for training: built-in sets, image folders, and batches with their augmentation."""
 
 from alexkern.data.batches import (
+    Augmentation,
     Batch,
     Batches,
     evaluation_batches,
     iterate,
+    to_device,
     training_batches,
 )
+from alexkern.data.colours import COLOUR_NOISE, Colours, principal_colours
 from alexkern.data.dataset import DataError, Dataset, Images, Split, load_dataset
 from alexkern.data.seeds import derive_seed
 
 __all__ = [
+    "COLOUR_NOISE",
+    "Augmentation",
     "Batch",
     "Batches",
+    "Colours",
     "DataError",
     "Dataset",
     "Images",
@@ -21,5 +27,7 @@ __all__ = [
     "evaluation_batches",
     "iterate",
     "load_dataset",
+    "principal_colours",
+    "to_device",
     "training_batches",
 ]

@@ -1,6 +1,8 @@
 """Order, augmentation and batches: pure functions of (seed, epoch, sample)."""
 
+import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,18 +16,18 @@ from alexkern.data.seeds import generator
 
 
 class Batch(NamedTuple):
-    """Stored images, what :func:`alexkern.ops.augment` is to do to each, and their classes.
+    """Crops of stored images, what :func:`alexkern.ops.augment` does to each, and their classes.
 
     Attributes:
         images: uint8 [B, size, size, 3].
-        corners: Top and left edge of each crop, int64 [B, 2].
         flips: Whether each crop is mirrored, bool [B].
+        shift: What is added to each crop's colours, in grey levels, float32 [B, 3].
         labels: int64 [B].
     """
 
     images: Tensor
-    corners: Tensor
     flips: Tensor
+    shift: Tensor
     labels: Tensor
 
     def to(self, device: torch.device) -> "Batch":
@@ -33,74 +35,119 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
+@dataclass(frozen=True)
 class Batches(torch.utils.data.Dataset["Batch | DataError"]):
     """A sequence of batches, any of which can be made at any time by any worker.
 
-    Args:
+    Attributes:
         split: Where images and labels come from.
-        order: The samples, in the order of their use, int64 [n].
-        corners: Top and left edge of each sample's crop, [N, 2], indexed by sample.
-        flips: Whether each sample is mirrored, bool [N], indexed by sample.
+        crop_size: Side of the crops.
         batch_size: Samples per batch; the last batch takes what is left.
+        order: The samples, in the order of their use, int64 [n].
+        corners: Top and left edge of each crop, in the same order, [n, 2].
+        flips: Whether each is mirrored, bool [n].
+        shift: What is added to its colours, float32 [n, 3].
     """
 
-    def __init__(
-        self,
-        split: Split,
-        order: NDArray[np.int64],
-        corners: NDArray[np.int64],
-        flips: NDArray[np.bool_],
-        batch_size: int,
-    ) -> None:
-        self._split, self._order, self._corners, self._flips = split, order, corners, flips
-        self._batch_size = batch_size
+    split: Split
+    crop_size: int
+    batch_size: int
+    order: NDArray[np.int64]
+    corners: NDArray[np.int64]
+    flips: NDArray[np.bool_]
+    shift: NDArray[np.float32]
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._batch_size)
+        return -(-len(self.order) // self.batch_size)
 
     def __getitem__(self, index: int) -> "Batch | DataError":
-        first = index * self._batch_size
-        samples = self._order[first : first + self._batch_size]
+        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        samples, size = self.order[part], self.crop_size
+        crops = np.empty((len(samples), size, size, 3), np.uint8)
         try:
-            images = self._split.images[samples]
+            for crop, sample, (top, left) in zip(crops, samples, self.corners[part], strict=True):
+                crop[:] = self.split.images[sample][top : top + size, left : left + size]
         except DataError as error:
             # Returned, for iterate() to raise: a worker's exception would arrive with the
             # worker's traceback for a message.
             return error
-        parts = images, self._corners[samples], self._flips[samples], self._split.labels[samples]
+        parts = crops, self.flips[part], self.shift[part], self.split.labels[samples]
         return Batch(*map(torch.from_numpy, parts))
 
 
-def training_batches(
-    split: Split, seed: int, epoch: int, batch_size: int, margin: int, flip: bool
-) -> Batches:
-    """One epoch in a new order: random crops, mirrored at random (paper section 4.1).
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied (paper section 4.1).
 
-    Corners lie in 0 to ``margin`` inclusive, as in the 2012 code. Samples left over after the
-    last whole batch sit this epoch out.
+    Attributes:
+        crop_size: Side of a crop.
+        crop_offsets: Crops begin at pixel 0 to ``crop_offsets`` - 1 of each axis. The 2012 code has
+            33 for 256 - 224; the paper counts 32 ("a factor of 2048").
+        flip: Whether half of the crops are mirrored.
+        chunk: So many images in a row share one corner and one decision to mirror (32 in the 2012
+            code).
+        colour_noise: float64 [3, 3]: standard normal numbers times this are added to an image's
+            red, green and blue, in grey levels; None for nothing.
+    """
+
+    crop_size: int
+    crop_offsets: int
+    flip: bool
+    chunk: int = 1
+    colour_noise: NDArray[np.float64] | None = None
+
+
+def training_batches(
+    split: Split, seed: int, epoch: int, batch_size: int, augmentation: Augmentation
+) -> Batches:
+    """One epoch in a new order, each image in a new variation.
+
+    Samples left over after the last whole batch sit this epoch out.
 
     Args:
         split: The training split.
         seed: Of the run.
         epoch: From 0.
         batch_size: Samples per batch; a smaller split gives one batch.
-        margin: Side of a stored image minus that of a crop.
-        flip: Whether crops may be mirrored.
+        augmentation: The variations to draw from.
     """
     count = len(split.labels)
     random = generator(seed, "epoch", epoch)
     order = random.permutation(count)
-    corners = random.integers(0, margin, (count, 2), endpoint=True)
-    flips = random.integers(0, 2, count).astype(bool) & flip
+    chunks = -(-count // augmentation.chunk)
+    corners = random.integers(0, augmentation.crop_offsets, (chunks, 2))
+    flips = random.integers(0, 2, chunks).astype(bool) & augmentation.flip
+    shift = np.zeros((count, 3), np.float32)
+    if augmentation.colour_noise is not None:
+        shift[:] = random.standard_normal((count, 3)) @ augmentation.colour_noise
     used = max(count - count % batch_size, min(count, batch_size))
-    return Batches(split, order[:used], corners, flips, batch_size)
+    return Batches(
+        split,
+        augmentation.crop_size,
+        batch_size,
+        order[:used],
+        corners.repeat(augmentation.chunk, 0)[:used],
+        flips.repeat(augmentation.chunk)[:used],
+        shift[:used],
+    )
 
 
-def evaluation_batches(split: Split, batch_size: int, margin: int) -> Batches:
-    """Every sample once, in order: the central crop, not mirrored."""
-    count = len(split.labels)
-    corners = np.full((count, 2), margin // 2)
-    return Batches(split, np.arange(count), corners, np.zeros(count, bool), batch_size)
+def evaluation_batches(
+    split: Split, stored_size: int, batch_size: int, samples: range | None = None
+) -> Batches:
+    """Every sample once, in order: whole stored images, of which crops are taken on the device.
+
+    Args:
+        split: The held-out split.
+        stored_size: Side of its images.
+        batch_size: Samples per batch.
+        samples: Those of the split to take; None for all.
+    """
+    order = np.array(range(len(split.labels)) if samples is None else samples, np.int64)
+    count = len(order)
+    corners, flips = np.zeros((count, 2), np.int64), np.zeros(count, bool)
+    shift = np.zeros((count, 3), np.float32)
+    return Batches(split, stored_size, batch_size, order, corners, flips, shift)
 
 
 def iterate(
@@ -117,6 +164,7 @@ def iterate(
 
     Raises:
         DataError: An image cannot be decoded.
+        RuntimeError: A worker process has died ("DataLoader worker ..."); raised at any time.
     """
     loader = torch.utils.data.DataLoader(
         batches,
@@ -124,8 +172,45 @@ def iterate(
         sampler=range(first, len(batches)),
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on a device. A GPU gets the next one while it computes on the one before.
+
+    Args:
+        batches: In page-locked memory for a GPU, so that no copy waits.
+        device: Where they shall be.
+    """
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    copies, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    ahead = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            on_device = batch.to(device)
+            copied = copies.record_event()
+        if ahead is not None:
+            yield _received(*ahead, current)
+        ahead = on_device, copied
+    if ahead is not None:
+        yield _received(*ahead, current)
+
+
+def _received(batch: Batch, copied: torch.cuda.Event, stream: torch.cuda.Stream) -> Batch:
+    stream.wait_event(copied)
+    for tensor in batch:
+        tensor.record_stream(stream)  # its memory is the other stream's
+    return batch
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach all processes, but it is the parent's to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

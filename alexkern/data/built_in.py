@@ -25,15 +25,21 @@ class ResizedImages:
 
     def __init__(self, images: NDArray[np.uint8], size: int) -> None:
         self._images = images
-        self._size = size
+        # Interpolation is linear in the pixels, along one axis after the other. torch's own would
+        # wake all its threads for each of these small images.
+        self._rows, self._columns = (
+            F.interpolate(torch.eye(side)[None], size, mode="linear")[0].T.numpy()
+            for side in images.shape[1:3]
+        )
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        images = torch.from_numpy(self._images[indices]).permute(0, 3, 1, 2).float()
-        resized = F.interpolate(images, (self._size, self._size), mode="bilinear")
-        return resized.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
+        image = self._images[index].astype(np.float32)
+        tall = np.tensordot(self._rows, image, 1)
+        resized: NDArray[np.uint8] = np.rint(self._columns @ tall).astype(np.uint8)
+        return resized
 
 
 class SyntheticImages:
@@ -52,15 +58,13 @@ class SyntheticImages:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return np.stack([self._image(int(index)) for index in indices])
-
-    def _image(self, index: int) -> NDArray[np.uint8]:
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
         size, label = self._size, int(self._labels[index])
         colours = generator(self._seed, "pattern", label).integers(0, 192, (4, 4, 3), np.uint8)
         cell = -(-size // 4)
         pattern = colours.repeat(cell, 0).repeat(cell, 1)[:size, :size]
-        noise = generator(self._seed, self._split, index).integers(0, 64, pattern.shape, np.uint8)
+        random = generator(self._seed, self._split, int(index))
+        noise = random.integers(0, 64, pattern.shape, np.uint8)
         image: NDArray[np.uint8] = pattern + noise  # at most 191 + 63
         return image
 

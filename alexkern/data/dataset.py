@@ -6,10 +6,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from alexkern.data.colours import Colours, principal_colours
+
 BUILT_IN = ("digits", "cifar10", "synthetic")
 
-# The mean image is taken over so many training images at most, as a folder's must be decoded for
-# it. Pixels spread by some 70 grey levels, so this mean is good to 70 / sqrt(2048) = 1.5 of them.
+# Mean image and colours are taken over so many training images at most, as a folder's must be
+# decoded for it. Pixels spread by some 70 grey levels, so this mean is good to
+# 70 / sqrt(2048) = 1.5 of them. A prepared store has them over all images.
 MEAN_SAMPLE = 2048
 
 
@@ -18,13 +21,13 @@ class DataError(ValueError):
 
 
 class Images(Protocol):
-    """Square images of one size, made when asked for."""
+    """A sequence of square images of one size, such as an array [N, size, size, 3]."""
 
     def __len__(self) -> int:
         """Number of images."""
 
-    def __getitem__(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The images of ``indices`` [B] as uint8 RGB [B, size, size, 3]."""
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
+        """An image as uint8 RGB [size, size, 3], perhaps a view."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Dataset:
         flip: Whether a mirrored image shows the same class.
         mean: Mean of the training images (of at most ``MEAN_SAMPLE`` of them, evenly spaced) in
             grey levels, float32 [size, size, 3].
+        colours: Principal components of the same images' colours.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Dataset:
     val: Split
     flip: bool
     mean: NDArray[np.float32]
+    colours: Colours
 
 
 def load_dataset(data: str, size: int, seed: int = 0) -> Dataset:
@@ -83,14 +88,21 @@ def load_dataset(data: str, size: int, seed: int = 0) -> Dataset:
         class_names, train, val = built_in.synthetic(size, seed)
     else:
         class_names, train, val = folder.image_folder(data, size)
-    mean = _mean_image(train.images)
+    mean, colours = _statistics(train.images)
     # A mirrored digit is none.
-    return Dataset(data, class_names, train, val, flip=data != "digits", mean=mean)
+    return Dataset(data, class_names, train, val, data != "digits", mean, colours)
 
 
-def _mean_image(images: Images) -> NDArray[np.float32]:
-    sample = np.linspace(0, len(images) - 1, min(len(images), MEAN_SAMPLE)).astype(np.int64)
-    chunks = np.array_split(sample, -(-len(sample) // 64))
-    total = np.sum([images[chunk].sum(0, dtype=np.int64) for chunk in chunks], 0)
-    mean: NDArray[np.float32] = (total / len(sample)).astype(np.float32)
-    return mean
+def _statistics(images: Images) -> tuple[NDArray[np.float32], Colours]:
+    """Mean image and colours, from sums that are exact."""
+    sample = np.linspace(0, len(images) - 1, min(len(images), MEAN_SAMPLE)).astype(int)
+    # of integers: exact below 2**53
+    total, products = np.zeros((1, 1, 3)), np.zeros((3, 3))
+    for index in sample.tolist():
+        image = images[index].astype(np.float64)
+        pixels = image.reshape(-1, 3)
+        total, products = total + image, products + pixels.T @ pixels
+    mean = total / len(sample)
+    colour = mean.mean((0, 1))
+    covariance = products / (len(sample) * mean[..., 0].size) - np.outer(colour, colour)
+    return mean.astype(np.float32), principal_colours(covariance)

@@ -37,8 +37,8 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return np.stack([decode(self._path(int(index)), self._size) for index in indices])
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
+        return decode(self._path(int(index)), self._size)
 
     def _path(self, index: int) -> Path:
         file_name: str = os.fsdecode(self._names[index])

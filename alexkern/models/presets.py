@@ -51,6 +51,7 @@ class Preset:
         stored_size, crop_size: Side in pixels of a stored image and of what the network sees.
         input_std: Divides the centred pixels, in grey levels; 1 leaves them as they are.
         learning_rate, batch_size, epochs: Defaults of training.
+        colour_noise: Likewise; see ``alexkern.data.Colours.noise``.
     """
 
     name: str = "paper"
@@ -77,6 +78,7 @@ class Preset:
     learning_rate: float = 0.01
     batch_size: int = 128
     epochs: int = 90
+    colour_noise: str = "stdev"
 
     @property
     def packing(self) -> Packing | None:
@@ -128,6 +130,7 @@ _OWT = replace(
     dropout_mode="inverted",
     dropout_before=True,
     weight_std=None,
+    colour_noise="none",
     input_std=57.6,  # torchvision's mean over the channels: 255 * (0.229 + 0.224 + 0.225) / 3
 )
 
@@ -155,6 +158,7 @@ _MINI = replace(
     learning_rate=0.01,
     batch_size=32,
     epochs=30,
+    colour_noise="none",
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(

@@ -6,12 +6,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from alexkern.training.errors import DivergedError, UsageError
-from alexkern.training.options import KERNELS, Options, resolve
+from alexkern.files import replacing
+from alexkern.training.errors import TrainingError, UsageError
+from alexkern.training.options import CHOICES, Options, read_config, resolve
+
+if TYPE_CHECKING:
+    from alexkern.training.loop import Trainer
+    from alexkern.training.processes import Process
 
 PROGRAM = "train_alexnet.py"
 
@@ -27,81 +32,151 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line, of this process if None.
 
     Returns:
-        Exit code: 0, or 1 if the loss diverged, 2 if the user asked for what cannot be done (one
-        line on stderr says which), 130 if interrupted.
+        Exit code: 0, also if a signal stopped the run and it was saved; 1 if it had to end early,
+        2 if the user asked for what cannot be done (one line on stderr says why), 130 if
+        interrupted before there was anything to save.
     """
     parsed = _parser().parse_args(arguments)
     # OpenMP's threads spin while they wait for each other, which on a machine that does anything
     # else makes small networks ten times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Imported late: --help need not wait for torch, and run() decides how triton is imported.
+
     from alexkern.data import DataError
 
     try:
         return run(parsed)
     except (UsageError, DataError) as error:
         return _complain(error, 2)
-    except DivergedError as error:
+    except TrainingError as error:
         return _complain(error, 1)
+    except (RuntimeError, MemoryError) as error:
+        if not (explained := _explained(error)):
+            raise
+        return _complain(f"{explained}; the last checkpoint is whole", 1)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return _complain(f"cannot go on ({what}); the last checkpoint is whole", 1)
     except KeyboardInterrupt:
-        return _complain("interrupted; --resume continues from the last checkpoint", 130)
+        return _complain("interrupted before the first step", 130)
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Do what the command line says; raises what :func:`main` turns into exit codes."""
     import torch
 
-    from alexkern.training import checkpoint
-
-    begin = time.perf_counter()
-    resumed = _resumed_file(parsed)
-    state = checkpoint.load(resumed) if resumed else None
-    given = {
-        field.name: value
-        for field in fields(Options)
-        if (value := getattr(parsed, field.name)) is not None
-    }
-    options = resolve(given, state["options"] if state else {})
+    resumed = _resumed(parsed)
+    options = resolve(_given(parsed), resumed[1]["options"] if resumed else {})
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     interpreted = options.kernels == "triton" and device.type == "cpu"
     if interpreted:
         # Triton reads it when first imported, which torch leaves to the first kernel.
         os.environ["TRITON_INTERPRET"] = "1"
+    _set_switches(options)
 
     from alexkern.data import load_dataset
     from alexkern.models import get_preset
-    from alexkern.training.loop import Trainer
+    from alexkern.training.loop import Outlet, Trainer
+    from alexkern.training.processes import joined
+    from alexkern.training.signals import StopSignal
 
-    dataset = load_dataset(options.data, get_preset(options.preset).stored_size, options.seed)
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
-    trainer = Trainer(options, dataset, device)
-    if state:
-        trainer.load_state_dict(state)
-        print(f"resumed {resumed} at step {trainer.step}")
-    _describe(options, dataset, trainer.model, device)
-    if parsed.evaluate:
-        evaluation = trainer.evaluate()
-    else:
+    with joined(device) as process:
+        if process.processes > 1 and not parsed.evaluate:
+            raise UsageError(
+                f"training takes one process, and WORLD_SIZE is {process.processes}; "
+                "--evaluate takes any number"
+            )
+        device = process.device
+        dataset = load_dataset(options.data, get_preset(options.preset).stored_size, options.seed)
+        trainer = Trainer(options, dataset, device)
+        if resumed:
+            trainer.load_state_dict(resumed[1])
+            _say(process, _resumption(*resumed, options))
+        _say(process, _description(options, dataset, trainer.model, device))
+        if parsed.evaluate:
+            _evaluate(parsed, trainer, process)
+            return 0
         last_step = _last_step(parsed, interpreted, trainer.step, trainer.total_steps)
-        output = _output_folder(parsed, options, resumed)
-        print(f"writing to {output}", flush=True)
-        evaluation = trainer.train(last_step, output)
-    seconds = time.perf_counter() - begin
-    print(f"done: {evaluation}, {seconds:.1f} s, {trainer.images_per_second:.0f} images/s")
+        folder = _output_folder(parsed, options, resumed[0] if resumed else None)
+        print(f"writing to {folder}", flush=True)
+        with StopSignal() as stop:
+            outlet = Outlet(folder, trainer.step, lambda: bool(stop), parsed.tensorboard)
+            if not trainer.train(last_step, outlet):
+                print(
+                    f"stopped by {stop.received} after step {trainer.step}, and saved: continue "
+                    f"with --resume --output {folder}"
+                )
+                return 0
+            if parsed.ten_crop or parsed.predictions:
+                _evaluate(parsed, trainer, process)
+        print(trainer.summary())
     return 0
 
 
-def _resumed_file(parsed: argparse.Namespace) -> Path | None:
-    """The checkpoint to resume: --resume FILE, or the one in --output if no file is named."""
+def _given(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options of the command line, and below them those of --config."""
+    from_file = read_config(Path(parsed.config)) if parsed.config else {}
+    flags = {field.name: getattr(parsed, field.name, None) for field in fields(Options)}
+    return from_file | {name: value for name, value in flags.items() if value is not None}
+
+
+def _set_switches(options: Options) -> None:
+    import torch
+
+    torch.backends.cudnn.benchmark = not options.deterministic  # all batches have one shape
+    if options.deterministic:
+        # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _evaluate(parsed: argparse.Namespace, trainer: "Trainer", process: "Process") -> None:
+    """Print errors of central crops or of ten, and write the predictions if that is asked for."""
+    evaluation, probabilities = trainer.evaluate(
+        ten_crop=parsed.ten_crop, keep=bool(parsed.predictions)
+    )
+    _say(process, f"{'ten crops' if parsed.ten_crop else 'central crop'}: {evaluation}")
+    if parsed.predictions and probabilities is not None:
+        path = Path(parsed.predictions)
+        trainer.predictions(probabilities, 10 if parsed.ten_crop else 1).save(path)
+        _say(process, f"wrote {path}")
+
+
+def _resumed(parsed: argparse.Namespace) -> "tuple[Path, dict[str, Any]] | None":
+    """The checkpoint to go on from: a file, or the newest whole one of a run's folder."""
+    from alexkern.training import checkpoint
+
     if parsed.resume is None:
-        if parsed.evaluate:
-            raise UsageError("--evaluate needs a trained network: add --resume CHECKPOINT")
+        if parsed.evaluate and not parsed.weights:
+            raise UsageError(
+                "--evaluate needs a trained network: add --resume CHECKPOINT or --weights FILE"
+            )
         return None
-    if parsed.resume:
-        return Path(parsed.resume)
-    if parsed.output is None:
+    automatic = parsed.resume == "auto"
+    if automatic and parsed.output is None:
         raise UsageError("--resume without a file needs --output, the folder of the run")
-    return Path(parsed.output) / "checkpoint.pt"
+    path = Path(parsed.output if automatic else parsed.resume)
+    if not automatic and not path.is_dir():
+        return path, checkpoint.load(path)
+    newest = checkpoint.load_newest(path, lambda text: print(f"warning: {text}", file=sys.stderr))
+    if newest is None:
+        if not automatic or parsed.evaluate:
+            raise UsageError(f"no checkpoint in {path}")
+        print(f"no checkpoint in {path} yet: a new run")
+    return newest
+
+
+def _resumption(path: Path, state: dict[str, Any], options: Options) -> str:
+    """What goes on, and what is no longer as it was."""
+    now = asdict(options)
+    changed = [
+        f"{name} {before!r} -> {now[name]!r}"
+        for name, before in state["options"].items()
+        if name in now and before != now[name]
+    ]
+    return "\n".join(
+        [f"resumed {path} at step {state['step']}", *(f"changed: {line}" for line in changed)]
+    )
 
 
 def _output_folder(parsed: argparse.Namespace, options: Options, resumed: Path | None) -> Path:
@@ -113,10 +188,12 @@ def _output_folder(parsed: argparse.Namespace, options: Options, resumed: Path |
     else:
         name = Path(options.data).resolve().name
         output = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.preset}-{name}"
-    if not resumed and (output / "checkpoint.pt").exists():
+    if not resumed and any(output.glob("*.pt")):
         raise UsageError(f"{output} holds a run: add --resume, or choose another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with replacing(output / "config.toml") as file:
+            file.write(options.to_toml().encode())
     except OSError as error:
         raise UsageError(f"cannot write to --output {output}: {error.strerror}") from error
     return output
@@ -136,13 +213,38 @@ def _last_step(parsed: argparse.Namespace, interpreted: bool, step: int, total_s
     return total_steps
 
 
-def _describe(options: Options, dataset: Any, model: Any, device: Any) -> None:
+def _description(options: Options, dataset: Any, model: Any, device: Any) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"preset {options.preset}, {parameters:,} parameters; {options.kernels} kernels on "
-        f"{device}; {options.data}: {len(dataset.train.labels):,} training and "
-        f"{len(dataset.val.labels):,} held-out images of {len(dataset.class_names)} classes"
+    target = [f"to be reached: {options.target}"] if options.target else []
+    return "\n".join(
+        [
+            f"preset {options.preset}, {parameters:,} parameters; {options.kernels} kernels on "
+            f"{device}; {options.data}: {len(dataset.train.labels):,} training and "
+            f"{len(dataset.val.labels):,} held-out images of {len(dataset.class_names)} classes",
+            *target,
+        ]
     )
+
+
+def _say(process: "Process", text: str) -> None:
+    if process.rank == 0:
+        print(text, flush=True)
+
+
+def _explained(error: BaseException) -> str:
+    """What torch says about memory and workers, in a line with advice; empty for the rest."""
+    import torch
+
+    reason = (str(error).strip() or "MemoryError").split("\n")[0]
+    # torch's error on a CPU has no type of its own
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in reason:
+        return f"out of memory ({reason}): a smaller --batch-size or --amp bf16 needs less"
+    if "DataLoader worker" in reason:
+        return (
+            f"a process that makes batches has died ({reason}): where memory is short, fewer "
+            "--workers or a larger /dev/shm help (docker run --shm-size)"
+        )
+    return ""
 
 
 def _complain(error: object, code: int) -> int:
@@ -158,73 +260,149 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The options' defaults are None here: a checkpoint or the preset may fill them in."""
+    """The options' defaults are None here: a file, a checkpoint or the preset may fill them in."""
     parser = _Parser(
         prog=PROGRAM,
         description="Train AlexNet as the paper did.",
         epilog="An option that is left out keeps its value when a run is resumed.",
     )
-    parser.add_argument(
+    _add_run(parser.add_argument_group("the run"))
+    _add_recipe(parser.add_argument_group("the recipe (defaults: the preset's)"))
+    _add_machine(parser.add_argument_group("the machine"))
+    _add_evaluation(parser.add_argument_group("evaluation"))
+    return parser
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="options from a TOML file, such as those in configs/; the command line wins",
+    )
+    group.add_argument(
         "--data",
         metavar="{digits,cifar10,synthetic,PATH}",
-        help="what to learn; PATH is a folder with train/ and val/, each with one folder of "
-        "images per class (default: digits)",
+        help="what to learn; PATH is a store that `alexkern prepare` made, or a folder with train/ "
+        "and val/, each with one folder of images per class (default: digits)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--preset", help="network (default: mini for digits and cifar10, otherwise paper)"
     )
-    parser.add_argument(
+    group.add_argument(
+        "--weights", metavar="FILE", help="start from these, with a new last layer if need be"
+    )
+    group.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder of the run: metrics.csv, config.toml, checkpoints (default: "
+        "runs/<time>-<preset>-<data>)",
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="{auto,PATH}",
+        help="continue: from the newest whole checkpoint in --output (auto), or from that of a "
+        "file or folder",
+    )
+    group.add_argument(
+        "--steps", type=_integer(1), metavar="N", help="end after N steps in all, schedule as is"
+    )
+    group.add_argument("--seed", type=_integer(0), help="of all random numbers (default: 0)")
+    group.add_argument(
+        "--print-freq",
+        type=_integer(1),
+        metavar="N",
+        help="steps between two lines of progress and rows of metrics.csv (default: 10)",
+    )
+    group.add_argument(
+        "--save-minutes",
+        type=_number,
+        metavar="M",
+        help="between checkpoints within an epoch (default: 10)",
+    )
+    group.add_argument(
+        "--tensorboard", action="store_true", help="write its files too, in the run's folder"
+    )
+
+
+def _add_recipe(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--epochs", type=_integer(1), metavar="N")
+    group.add_argument("-b", "--batch-size", type=_integer(1), metavar="N")
+    group.add_argument("--lr", type=_number, help="initial learning rate")
+    group.add_argument(
+        "--schedule",
+        metavar="KIND[:NUMBERS]",
+        help="fixed:E,... (divided by 10 at those epochs; default: at 28 %%, 57 %% and 88 %%), "
+        "plateau:PATIENCE (when the error stops falling, three times), dexp:FACTOR,LEVELS, "
+        "step:EPOCHS or constant",
+    )
+    group.add_argument("--momentum", type=_number, help="(0.9)")
+    group.add_argument("--weight-decay", type=_number, metavar="D", help="(0.0005)")
+    group.add_argument(
+        "--bias-lr-factor", type=_number, metavar="F", help="times --lr, for biases (1)"
+    )
+    group.add_argument("--bias-schedule", metavar="KIND[:NUMBERS]", help="their own (the same)")
+    group.add_argument("--bias-weight-decay", type=_number, metavar="D", help="(as --weight-decay)")
+    group.add_argument("--dropout-mode", choices=CHOICES["dropout_mode"])
+    group.add_argument(
+        "--colour-noise",
+        choices=CHOICES["colour_noise"],
+        help="strength along the principal components: deviations as in the 2012 code, eigenvalues "
+        "of 0..1 as in fb.resnet.torch, or of 0..255 as the paper's text has it",
+    )
+    group.add_argument("--colour-noise-epochs", type=_integer(0), metavar="N", help="(all)")
+    group.add_argument(
+        "--conv1-epochs", type=_integer(0), metavar="N", help="conv1 learns so long (always)"
+    )
+    group.add_argument(
+        "--crop-offsets", type=_integer(1), metavar="N", help="positions along each axis (all)"
+    )
+    group.add_argument(
+        "--crop-chunk", type=_integer(1), metavar="N", help="images that share a crop (1)"
+    )
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--kernels",
-        choices=KERNELS,
+        choices=CHOICES["kernels"],
         help="triton: this project's; torch: plain PyTorch; compile: torch.compile; auto: the "
         "fastest known, plain PyTorch on a CPU (default)",
     )
-    parser.add_argument("--epochs", type=_integer(1), metavar="N", help="default: the preset's")
-    parser.add_argument(
-        "-b", "--batch-size", type=_integer(1), metavar="N", help="default: the preset's"
+    group.add_argument("--amp", choices=CHOICES["amp"], help="autocast (default: off)")
+    group.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        help="only algorithms that give the same bits every time (default: no)",
     )
-    parser.add_argument(
-        "--lr",
-        type=_number,
-        help="initial learning rate, divided by 10 at 28 %%, 57 %% and 88 %% of the epochs "
-        "(default: the preset's)",
+    group.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="capture the step and replay it, on a GPU (default: yes)",
     )
-    parser.add_argument("--momentum", type=_number, help="default: 0.9")
-    parser.add_argument("--weight-decay", type=_number, help="default: 0.0005")
-    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), help="autocast (default: off)")
-    parser.add_argument(
+    group.add_argument(
         "-j",
         "--workers",
         type=_integer(0),
         metavar="N",
         help="processes that prepare batches (default: 0 for the small sets, else one per core)",
     )
-    parser.add_argument("--seed", type=_integer(0), help="of all random numbers (default: 0)")
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        help="folder for metrics.csv and checkpoint.pt (default: runs/<time>-<preset>-<data>)",
+
+
+def _add_evaluation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "-e",
+        "--evaluate",
+        action="store_true",
+        help="only evaluate --resume or --weights; under torchrun, on all processes",
     )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="PATH",
-        help="continue from a checkpoint; without PATH, from the one in --output",
+    group.add_argument(
+        "--ten-crop", action="store_true", help="by ten crops of each image, as in the paper"
     )
-    parser.add_argument(
-        "-e", "--evaluate", action="store_true", help="only evaluate the --resume checkpoint"
+    group.add_argument(
+        "--predictions", metavar="FILE", help="write them, for `alexkern average` (.npz)"
     )
-    parser.add_argument(
-        "--steps", type=_integer(1), metavar="N", help="end after N steps in all, schedule as is"
-    )
-    parser.add_argument(
-        "--print-freq",
-        type=_integer(1),
-        metavar="N",
-        help="steps between two lines of progress and rows of metrics.csv (default: 10)",
-    )
-    return parser
 
 
 def _integer(minimum: int) -> Callable[[str], int]:

@@ -1,9 +1,17 @@
-"""Ways in which a run ends early."""
+"""Ways in which a run ends early; each message is one line that names the fix."""
 
 
 class UsageError(ValueError):
-    """The user asked for what cannot be done; the message is one line that names the fix."""
+    """The user asked for what cannot be done."""
 
 
-class DivergedError(RuntimeError):
-    """The loss is no longer a finite number."""
+class TrainingError(RuntimeError):
+    """The run cannot go on. Its last checkpoint is whole."""
+
+
+class DivergedError(TrainingError):
+    """The loss or a gradient is no longer finite."""
+
+
+class StoppedError(Exception):
+    """The run was asked to stop."""

@@ -1,49 +1,86 @@
 """The training loop."""
 
 import math
-from contextlib import AbstractContextManager
-from dataclasses import asdict
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-import alexkern
-from alexkern import ops
 from alexkern.data import (
-    Batch,
+    Augmentation,
     Batches,
     Dataset,
     derive_seed,
-    evaluation_batches,
     iterate,
+    to_device,
     training_batches,
 )
-from alexkern.models import alexnet
-from alexkern.optim import KrizhevskySGD
+from alexkern.models import AlexNet, get_preset
+from alexkern.optim import KrizhevskySGD, weights_and_biases
+from alexkern.predictions import Predictions
 from alexkern.training import checkpoint
-from alexkern.training.errors import DivergedError, UsageError
-from alexkern.training.metrics import Evaluation, Measured, Meter, MetricsFile, Row, wrong_answers
+from alexkern.training.errors import StoppedError, UsageError
+from alexkern.training.evaluation import Evaluated, centre_crop, evaluate, ten_crops
+from alexkern.training.forward import Forward
+from alexkern.training.metrics import Evaluation, LayerChange, Measured, Meter, MetricsFile, Row
 from alexkern.training.options import Options
+from alexkern.training.schedule import make_schedule
+from alexkern.training.step import Sentinel, Step
+from alexkern.training.tensorboard import TensorBoard
+from alexkern.training.utilisation import Utilisation
 
-# When the author lowered the rate by hand, in epochs of 90 (2012 code, layer-params-145).
-_DROPS = (25 / 90, 51 / 90, 79 / 90)
+# The 2012 code divides images with colour noise by 1 + 0.1, so that they spread like those
+# without, which evaluation has.
+_NOISE_DIVISOR = {"stdev": 1.1}
 
-_AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# After so many steps a loss that never left that of a guess will hardly do so.
+STALL_STEPS = 2000
 
 
-def learning_rate(initial: float, step: int, total_steps: int) -> float:
-    """Divided by 10 three times: at epochs 25, 51 and 79 of 90, or those shares of any length.
+class Outlet:
+    """Where a run's numbers and checkpoints go, and where a wish to stop comes from.
 
     Args:
-        initial: Rate of the first step.
-        step: Steps done before this one.
-        total_steps: Length of the schedule.
+        folder: Existing; gets ``metrics.csv`` and checkpoints.
+        step: Steps of the run so far; what was written of later ones goes.
+        stopping: Asked before every step and every batch of an evaluation.
+        tensorboard: Whether its files are written as well.
+
+    Raises:
+        UsageError: TensorBoard is wanted and not installed.
     """
-    return initial * 0.1 ** sum(step / total_steps >= drop for drop in _DROPS)
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int = 0,
+        stopping: Callable[[], object] = lambda: False,
+        tensorboard: bool = False,
+    ) -> None:
+        self.folder, self.stopping = folder, stopping
+        checkpoint.tidy(folder)
+        self._metrics = MetricsFile(folder / "metrics.csv", step)
+        self._tensorboard = TensorBoard(folder / "tensorboard", step) if tensorboard else None
+
+    def write(self, row: Row) -> None:
+        """A row of metrics."""
+        self._metrics.write(row)
+        if self._tensorboard:
+            self._tensorboard.write(row)
+
+    def write_network(self, step: int, changes: list[LayerChange], filters: Tensor) -> None:
+        """What the network looks like at an epoch's end."""
+        if self._tensorboard:
+            self._tensorboard.write_network(step, changes, filters)
 
 
 class Trainer:
@@ -61,26 +98,40 @@ class Trainer:
         model: The network.
         step: Steps done.
         steps_per_epoch: Steps in an epoch.
+        best: The evaluation with the lowest top-1 error, and its step; None before the first.
     """
 
     def __init__(self, options: Options, dataset: Dataset, device: torch.device) -> None:
         self._options, self._dataset, self._device = options, dataset, device
         torch.manual_seed(derive_seed(options.seed, "initialisation"))
-        self.model = alexnet(options.preset, len(dataset.class_names))
+        preset = get_preset(options.preset)
+        preset = replace(preset, dropout_mode=options.dropout_mode)  # type: ignore[arg-type]
+        self.model = AlexNet(preset, len(dataset.class_names))
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.kernels == "compile":
             self.model.compile()
         self._optimizer = KrizhevskySGD(
-            self.model.parameters(), options.lr, options.momentum, options.weight_decay
+            weights_and_biases(self.model, 1.0, options.bias_weight_decay),
+            options.lr,
+            options.momentum,
+            options.weight_decay,
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-        preset = self.model.preset
+        self._schedule = make_schedule(options.schedule, options.epochs)
+        own = options.bias_schedule != "same"
+        self._bias_schedule = (
+            make_schedule(options.bias_schedule, options.epochs) if own else self._schedule
+        )
+        self._forward = Forward(self.model, options, dataset, device)
         self._margin = preset.stored_size - preset.crop_size
-        # the central crop's mean for every crop, as in the 2012 code
-        centre = slice(self._margin // 2, self._margin // 2 + preset.crop_size)
-        self._mean = torch.from_numpy(dataset.mean[centre, centre]).contiguous().to(device)
-        self._backend = "torch" if options.kernels == "compile" else options.kernels
-        self._images, self._seconds = 0, 0.0
+        self._meter = Meter(device)
+        self._utilisation = Utilisation(preset, self.model.num_classes, options.amp, device)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._images = 0
+        self._step: tuple[tuple[bool, float], Step] | None = None
+        self._stall_step = math.inf
+        self._evaluated = -1
+        self.best: tuple[Evaluation, int] | None = None
         self.step = 0
         self.steps_per_epoch = len(self._training_batches(0))
 
@@ -92,16 +143,21 @@ class Trainer:
     @property
     def images_per_second(self) -> float:
         """Training speed so far, evaluation left out; 0 before the first row of metrics."""
-        return self._images / self._seconds if self._seconds else 0.0
+        seconds = self._seconds["training"] + self._seconds["waiting for data"]
+        return self._images / seconds if seconds else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that :meth:`load_state_dict` needs to continue: tensors and plain types."""
         return {
+            "format": checkpoint.FORMAT,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "epoch": self.step // self.steps_per_epoch,
+            "schedule": self._schedule.state_dict(),
+            "meter": self._meter.state_dict(),
             "step": self.step,
+            "evaluated": self._evaluated,
+            "best": {**asdict(self.best[0]), "step": self.best[1]} if self.best else {},
             "options": asdict(self._options),
             "class_names": list(self._dataset.class_names),
         }
@@ -120,112 +176,214 @@ class Trainer:
                 "give the --data of that run, or start a new one"
             )
         self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        for group in self._optimizer.param_groups:
-            group["momentum"] = self._options.momentum
-            group["weight_decay"] = self._options.weight_decay
+        mine = self._optimizer.state_dict()["param_groups"]  # today's options
+        self._optimizer.load_state_dict({**state["optimizer"], "param_groups": mine})
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        self._schedule.load_state_dict(state["schedule"])
+        self._meter.load_state_dict(state["meter"])
+        self.step, self._evaluated = state["step"], state["evaluated"]
+        if state["best"]:
+            best = dict(state["best"])
+            step = best.pop("step")
+            self.best = Evaluation(**best), step
 
-    def train(self, last_step: int, output: Path) -> Evaluation:
+    def train(self, last_step: int, outlet: Outlet) -> bool:
         """Train until ``last_step`` steps are done; evaluate and save after every epoch.
 
         Args:
             last_step: Steps of the whole run, those before a resume included.
-            output: Existing folder for ``metrics.csv`` and ``checkpoint.pt``.
+            outlet: Where numbers and checkpoints go.
 
         Returns:
-            The last evaluation.
+            False if it was asked to stop before, and has saved where it was.
 
         Raises:
-            DivergedError: The loss is not finite. The last checkpoint stays as it is.
+            DivergedError: Loss or gradients are not finite. The last checkpoint stays as it is.
             DataError: An image cannot be decoded.
+            RuntimeError: A process that makes batches has died.
+            OSError: The folder cannot be written to.
         """
-        metrics = MetricsFile(output / "metrics.csv", self.step)
-        evaluation = None
-        while self.step < last_step:
-            meter = Meter(self._device)
-            epoch_end = self.step - self.step % self.steps_per_epoch + self.steps_per_epoch
-            self._train_epoch(min(epoch_end, last_step), meter, metrics)
-            measured = self._read(meter)
-            evaluation = self.evaluate()
-            metrics.write(self._report(measured, evaluation))
-            checkpoint.save(output / checkpoint.FILE_NAME, self.state_dict())
-        return evaluation or self.evaluate()
+        self._meter.start()
+        self._stall_step = self.step + STALL_STEPS
+        try:
+            while True:
+                if (self.step == last_step or self._is_epoch_end) and self._evaluated != self.step:
+                    self._end_epoch(outlet)
+                if self.step >= last_step or self._schedule.finished:
+                    return True
+                self._train_epoch(last_step, outlet)
+        except StoppedError:
+            self._save(outlet.folder)
+            return False
 
-    @torch.inference_mode()
-    def evaluate(self) -> Evaluation:
-        """Loss and errors on the held-out split: central crops, every sample once."""
+    def evaluate(
+        self,
+        *,
+        ten_crop: bool = False,
+        keep: bool = False,
+        stopping: Callable[[], object] = lambda: False,
+    ) -> Evaluated:
+        """Loss and errors on the held-out split, every sample once.
+
+        Args:
+            ten_crop: Ten crops of each image instead of the central one.
+            keep: Whether the result has the probabilities.
+            stopping: Asked before every batch.
+
+        Raises:
+            StoppedError: ``stopping`` said so.
+        """
         self.model.eval()
-        sums = torch.zeros(3, device=self._device)
-        options, split = self._options, self._dataset.val
-        batches = evaluation_batches(split, options.batch_size, self._margin)
-        for batch in iterate(batches, options.workers, self._device.type == "cuda"):
-            batch = batch.to(self._device)
-            with self._precision(), self._kernels():
-                logits = self.model(self._input(batch)).float()
-            loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-            sums += torch.stack((loss, *(wrong_answers(logits, batch.labels, k) for k in (1, 5))))
-        return Evaluation(*(sums / len(split.labels)).tolist())
-
-    def _train_epoch(self, last_step: int, meter: Meter, metrics: MetricsFile) -> None:
-        """Finish the epoch or stop at ``last_step``, whose row the caller writes."""
-        self.model.train()
-        epoch, first = divmod(self.step, self.steps_per_epoch)
-        pin_memory = self._device.type == "cuda"
-        batches = iterate(self._training_batches(epoch), self._options.workers, pin_memory, first)
-        for batch in meter.timed(islice(batches, last_step - self.step)):
-            meter.add(*self._train_step(batch.to(self._device)))
-            self.step += 1
-            if self.step % self._options.print_freq == 0 and self.step < last_step:
-                metrics.write(self._report(self._read(meter), None))
-
-    def _train_step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Update the weights once; gives the loss, the logits and the labels."""
         options = self._options
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate(self.step)
-        seeds = [derive_seed(options.seed, "dropout", self.step, layer) for layer in (0, 1)]
-        # pinned, as the host would otherwise wait for all that the device has yet to do
-        dropout_seeds = torch.tensor(seeds, pin_memory=self._device.type == "cuda")
-        dropout_seeds = dropout_seeds.to(self._device, non_blocking=True)
-        with self._precision(), self._kernels():
-            logits = self.model(self._input(batch), dropout_seeds)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, batch.labels)
-        self._optimizer.zero_grad()
-        self._scaler.scale(loss).backward()
-        with self._kernels():
-            self._scaler.step(self._optimizer)
-        self._scaler.update()
-        return loss, logits, batch.labels
-
-    def _read(self, meter: Meter) -> Measured:
-        measured = meter.read()
-        if not math.isfinite(measured.train_loss):
-            raise DivergedError(
-                f"the loss is {measured.train_loss} by step {self.step}: lower --lr "
-                f"({self._options.lr}); the last checkpoint is as it was"
+        with self._timed("evaluation"):
+            return evaluate(
+                self._forward,
+                self._dataset.val,
+                (ten_crops if ten_crop else centre_crop)(self._margin),
+                self.model.preset.stored_size,
+                options.batch_size,
+                options.workers,
+                self._device,
+                keep=keep,
+                stopping=stopping,
             )
-        self._images += measured.images
-        self._seconds += measured.seconds
-        return measured
 
-    def _report(self, measured: Measured, evaluation: Evaluation | None) -> Row:
+    def predictions(self, probabilities: NDArray[np.float32], views: int) -> Predictions:
+        """What :meth:`evaluate` kept, with its labels.
+
+        Args:
+            probabilities: float32 [N, classes].
+            views: Crops of an image that they are means over.
+        """
+        names = self._dataset.class_names
+        return Predictions(probabilities, self._dataset.val.labels, names, views)
+
+    def summary(self) -> str:
+        """Lines for the end of a run: its best errors, and where its time went."""
+        lines = []
+        if self.best:
+            evaluation, step = self.best
+            lines.append(f"best: {evaluation} after step {step}")
+        if self._options.target:
+            lines.append(f"to be reached: {self._options.target}")
+        whole = sum(self._seconds.values())
+        parts = [f"{name} {seconds / whole:.0%}" for name, seconds in self._seconds.items()]
+        lines.append(f"time: {whole:.1f} s, of it {', '.join(parts)}")
+        if self._seconds["waiting for data"] > 0.2 * whole:
+            lines.append(
+                "the data came too slowly: more --workers help, or for a folder of images "
+                "`alexkern prepare`"
+            )
+        return "\n".join(lines)
+
+    @property
+    def _is_epoch_end(self) -> bool:
+        return self.step > 0 and self.step % self.steps_per_epoch == 0
+
+    def _train_epoch(self, last_step: int, outlet: Outlet) -> None:
+        """Finish the epoch or stop at ``last_step``, whose row :meth:`_end_epoch` writes."""
+        options = self._options
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        end = min((epoch + 1) * self.steps_per_epoch, last_step)
+        step, sentinel = self._make_step(epoch), Sentinel()
+        batches = iterate(
+            self._training_batches(epoch), options.workers, self._device.type == "cuda", first
+        )
+        saved = time.monotonic()
+        for batch in self._meter.timed(islice(to_device(batches, self._device), end - self.step)):
+            if outlet.stopping():
+                sentinel.check()
+                raise StoppedError
+            step.set_rates(self._rates(self.step))
+            seeds = [derive_seed(options.seed, "dropout", self.step, layer) for layer in (0, 1)]
+            outcome = step(batch, seeds)
+            self._meter.add(outcome.sums, len(batch.labels))
+            self.step += 1
+            sentinel.note(self.step, outcome)
+            if self.step < end and self.step % options.print_freq == 0:
+                sentinel.check()
+                self._write(outlet, self._meter.read(), None)
+                self._meter.reset()
+            if self.step < end and time.monotonic() - saved >= 60 * options.save_minutes:
+                sentinel.check()
+                with self._meter.paused():
+                    self._save(outlet.folder)
+                saved = time.monotonic()
+        sentinel.check()
+
+    def _make_step(self, epoch: int) -> Step:
+        """An epoch's step: late switches are thrown between epochs."""
+        options = self._options
+        self.model.train()
+        learns = options.conv1_epochs is None or epoch < options.conv1_epochs
+        self.model.conv1.requires_grad_(learns)
+        divisor = _NOISE_DIVISOR.get(self._colour_noise(epoch), 1.0)
+        if self._step is None or self._step[0] != (learns, divisor):
+            step = Step(
+                self._forward,
+                self._optimizer,
+                self._scaler,
+                divisor,
+                self._device,
+                options.cuda_graph,
+            )
+            self._step = (learns, divisor), step
+        return self._step[1]
+
+    def _end_epoch(self, outlet: Outlet) -> None:
+        """Evaluate, write and save; at the end of the run, which may be within an epoch, too."""
+        measured = self._meter.read()
+        evaluation = self.evaluate(stopping=outlet.stopping).evaluation
+        if self._is_epoch_end:
+            self._schedule.observe(evaluation.top1_error)
+        changes = self._layer_changes()
+        self._write(outlet, measured, evaluation)
+        for change in changes:
+            print(f"  {change}", flush=True)
+        outlet.write_network(self.step, changes, self.model.conv1.weight)
+        self._meter.reset()
+        self._evaluated = self.step
+        if self.best is None or evaluation.top1_error < self.best[0].top1_error:
+            self.best = evaluation, self.step
+            self._save(outlet.folder, checkpoint.BEST)
+        self._save(outlet.folder)
+        self._meter.start()
+
+    def _layer_changes(self) -> list[LayerChange]:
+        changes = []
+        for name, layer in self.model.named_children():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                velocity = self._optimizer.state.get(layer.weight, {}).get("velocity")
+                update = 0.0 if velocity is None else velocity.abs().mean().item()
+                changes.append(LayerChange(name, layer.weight.abs().mean().item(), update))
+        return changes
+
+    def _save(self, folder: Path, name: str | None = None) -> None:
+        path = folder / name if name else checkpoint.path_at(folder, self.step)
+        with self._timed("saving"):
+            checkpoint.save(path, self.state_dict())
+            checkpoint.tidy(folder)
+
+    def _write(self, outlet: Outlet, measured: Measured, evaluation: Evaluation | None) -> None:
         """The row of metrics after ``step`` steps, which is printed as well."""
+        self._images += measured.images
+        self._seconds["training"] += measured.seconds - measured.waited
+        self._seconds["waiting for data"] += measured.waited
         epoch = (self.step - 1) // self.steps_per_epoch + 1
-        rate = self._learning_rate(self.step - 1)
+        rate = self._rates(self.step - 1)[0]
         print(
             f"step {self.step}/{self.total_steps}  epoch {epoch}/{self._options.epochs}  "
             f"loss {measured.train_loss:.4f}  top-1 error {measured.train_top1_error:.1%}  "
-            f"lr {rate:g}  {measured.images_per_second:.0f} images/s  "
+            f"lr {rate:g}  {measured.images_per_second:.0f} images/s"
+            f"{self._utilisation.of(measured.images_per_second)}  "
             f"waiting for data {measured.data_wait_share:.0%}",
             flush=True,
         )
         if evaluation:
             print(f"held out after step {self.step}: {evaluation}", flush=True)
-        return Row(
+        self._watch_for_stall(measured.train_loss)
+        row = Row(
             step=self.step,
             epoch=epoch,
             train_loss=measured.train_loss,
@@ -237,39 +395,58 @@ class Trainer:
             images_per_second=measured.images_per_second,
             data_wait_share=measured.data_wait_share,
         )
+        outlet.write(row)
 
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(self._options.lr, step, self.total_steps)
+    def _watch_for_stall(self, train_loss: float) -> None:
+        """Say so, once, if the loss has never left that of a guess."""
+        guess = math.log(max(len(self._dataset.class_names), 2))
+        if train_loss < guess - 0.02:
+            self._stall_step = math.inf
+        elif self.step >= self._stall_step:
+            self._stall_step = math.inf
+            print(
+                f"the loss is still that of a guess, ln {len(self._dataset.class_names)} = "
+                f"{guess:.3f}. Usual causes: weights too small for biases of 1 (the paper's text "
+                "lacks the 0.03 that conv3 to conv5 have in --preset krizhevsky2012; Caffe's "
+                "caffe_alexnet has biases of 0.1), pixels that are not 0 to 255 less their mean, "
+                f"or the learning rate (--lr {self._options.lr:g})",
+                flush=True,
+            )
+
+    def _rates(self, step: int) -> list[float]:
+        """The learning rates of weights and of biases."""
+        options = self._options
+        epoch = step / self.steps_per_epoch
+        bias_lr = options.lr * options.bias_lr_factor
+        return [
+            options.lr * self._schedule.factor(epoch),
+            bias_lr * self._bias_schedule.factor(epoch),
+        ]
+
+    def _colour_noise(self, epoch: int) -> str:
+        last = self._options.colour_noise_epochs
+        return self._options.colour_noise if last is None or epoch < last else "none"
 
     def _training_batches(self, epoch: int) -> Batches:
         options, dataset = self._options, self._dataset
+        augmentation = Augmentation(
+            crop_size=self.model.preset.crop_size,
+            crop_offsets=options.crop_offsets or self._margin + 1,
+            flip=dataset.flip,
+            chunk=options.crop_chunk,
+            colour_noise=dataset.colours.noise(self._colour_noise(epoch)),
+        )
         return training_batches(
-            dataset.train, options.seed, epoch, options.batch_size, self._margin, dataset.flip
+            dataset.train, options.seed, epoch, options.batch_size, augmentation
         )
 
-    def _input(self, batch: Batch) -> Tensor:
-        """What the network sees, in the dtype that autocast would cast it to.
-
-        For this project's kernels it is packed; a vendor's might be slower on it.
-        """
-        preset, dtype = self.model.preset, _AMP_DTYPES.get(self._options.amp, torch.float32)
-        packing = preset.packing if self._backend == "triton" else None
-        return ops.augment(
-            batch.images,
-            batch.corners,
-            batch.flips,
-            self._mean,
-            preset.input_std,
-            dtype=dtype,
-            **(packing._asdict() if packing else {}),
-        )
-
-    def _kernels(self) -> AbstractContextManager[None]:
-        return alexkern.use_backend(self._backend)
-
-    def _precision(self) -> AbstractContextManager[object]:
-        dtype = _AMP_DTYPES.get(self._options.amp)
-        return torch.autocast(self._device.type, dtype, enabled=dtype is not None)
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[what] += time.perf_counter() - start
 
 
 def _sample(names: list[str]) -> str:

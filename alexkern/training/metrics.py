@@ -1,15 +1,19 @@
 """What is measured in a run, and the file it goes to."""
 
 import csv
+import io
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alexkern.data import Batch
+from alexkern.files import replacing
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,32 @@ class Row:
     data_wait_share: float
 
 
+@dataclass(frozen=True)
+class LayerChange:
+    """How large a layer's weights and their last update are, as the 2012 program logged them.
+
+    Attributes:
+        layer: Its name.
+        weight: Mean magnitude of the weights.
+        update: Mean magnitude of what the last step added to them.
+    """
+
+    layer: str
+    weight: float
+    update: float
+
+    @property
+    def ratio(self) -> float:
+        """Update over weight; 0 for weights of 0."""
+        return self.update / self.weight if self.weight else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layer}: mean |weight| {self.weight:.3e}, mean |update| {self.update:.3e}, "
+            f"ratio {self.ratio:.2e}"
+        )
+
+
 class MetricsFile:
     """metrics.csv: each row is on disk when it has been written.
 
@@ -67,14 +97,17 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
+        names = [field.name for field in fields(Row)]
         kept = []
         if step and path.exists():
             with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            writer.writerows(kept)
+                # a line that a crash cut short does not end
+                whole = [line for line in file if line.endswith("\n")]
+            kept = [row for row in csv.reader(whole[1:]) if int(row[0]) <= step]
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([names, *kept])
+        with replacing(path) as whole_file:
+            whole_file.write(text.getvalue().encode())
 
     def write(self, row: Row) -> None:
         """Append a row."""
@@ -87,58 +120,84 @@ class MetricsFile:
 
 @dataclass(frozen=True)
 class Measured:
-    """What :class:`Meter` measured since it was last read; names as in :class:`Row`."""
+    """What :class:`Meter` measured since it was last reset; names as in :class:`Row`."""
 
     train_loss: float
     train_top1_error: float
-    images: int
+    images: int  # in this process, within the seconds
     seconds: float
-    data_wait_share: float
+    waited: float
 
     @property
     def images_per_second(self) -> float:
         """Training speed."""
         return self.images / self.seconds
 
+    @property
+    def data_wait_share(self) -> float:
+        """Fraction of the time spent waiting for batches."""
+        return self.waited / self.seconds
+
 
 class Meter:
-    """Sums over the steps since it was last read. They stay on the device until then.
+    """Sums over the steps since it was last reset. They stay on the device until they are read.
 
     Args:
         device: Of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, device=device)
-        self._images = 0
-        self._waited = 0.0
-        self._start = time.perf_counter()
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.reset()
 
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time that each lets the caller wait is noted."""
-        iterator = iter(batches)
         while True:
             start = time.perf_counter()
-            batch = next(iterator, None)
+            batch = next(batches, None)
             self._waited += time.perf_counter() - start
             if batch is None:
                 return
             yield batch
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Note one step: mean loss, logits [B, classes] and labels [B]."""
-        wrong = wrong_answers(logits, labels, 1)
-        self._sums += torch.stack((loss.detach() * len(labels), wrong))
-        self._images += len(labels)
+    def add(self, sums: Tensor, images: int) -> None:
+        """Note one step: float64 [2], its loss times images and its wrong answers."""
+        self._sums += sums
+        self._images += images
+        self._timed_images += images
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time that this takes does not count."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     def read(self) -> Measured:
-        """Means since the last reading, and start again. Waits for the device."""
+        """Means since the last reset. Waits for the device."""
         loss, wrong = (self._sums / self._images).tolist()
         seconds = time.perf_counter() - self._start
-        measured = Measured(loss, wrong, self._images, seconds, self._waited / seconds)
+        return Measured(loss, wrong, self._timed_images, seconds, self._waited)
+
+    def reset(self) -> None:
+        """Start again."""
         self._sums.zero_()
-        self._images, self._waited, self._start = 0, 0.0, time.perf_counter()
-        return measured
+        self._images = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock again; the sums stay."""
+        self._timed_images, self._waited, self._start = 0, 0.0, time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and their number of images, with which a resumed run's rows are the same."""
+        return {"sums": self._sums.tolist(), "images": self._images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken."""
+        self.reset()
+        self._sums += torch.tensor(state["sums"], dtype=torch.float64, device=self._sums.device)
+        self._images = state["images"]
 
 
 def wrong_answers(logits: Tensor, labels: Tensor, k: int) -> Tensor:

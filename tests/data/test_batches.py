@@ -4,15 +4,18 @@ import torch
 
 from alexkern import ops
 from alexkern.data import (
+    Augmentation,
     DataError,
     Split,
     evaluation_batches,
     iterate,
     load_dataset,
+    to_device,
     training_batches,
 )
 
-SIZE, MARGIN, COUNT = 12, 4, 60
+SIZE, CROP, COUNT = 12, 8, 60
+OFFSETS = SIZE - CROP + 1
 
 
 class Coordinates:
@@ -21,39 +24,43 @@ class Coordinates:
     def __len__(self):
         return COUNT
 
-    def __getitem__(self, indices):
-        images = np.empty((len(indices), SIZE, SIZE, 3), np.uint8)
-        images[..., 0] = indices[:, None, None]
-        images[..., 1] = np.arange(SIZE)[:, None]
-        images[..., 2] = np.arange(SIZE)
-        return images
+    def __getitem__(self, index):
+        image = np.empty((SIZE, SIZE, 3), np.uint8)
+        image[..., 0] = index
+        image[..., 1] = np.arange(SIZE)[:, None]
+        image[..., 2] = np.arange(SIZE)
+        return image
 
 
 SPLIT = Split(Coordinates(), np.arange(COUNT) % 7)
 
 
-def epoch(seed=0, number=0, batch_size=16, flip=True, **kwargs):
-    return list(iterate(training_batches(SPLIT, seed, number, batch_size, MARGIN, flip), **kwargs))
+def epoch(seed=0, number=0, batch_size=16, workers=0, first=0, offsets=OFFSETS, **given):
+    augmentation = Augmentation(CROP, offsets, **{"flip": True, **given})
+    batches = training_batches(SPLIT, seed, number, batch_size, augmentation)
+    return list(iterate(batches, workers, first=first))
 
 
 def views(batches):
-    """(sample, top, left, flipped) of every crop, after checking that it is the sample's image."""
+    """(sample, top, left, flipped) of every crop, after checking that it is the sample's."""
     found = []
     for batch in batches:
-        samples = batch.images[:, 0, 0, 0].numpy()
-        assert (batch.images.numpy() == SPLIT.images[samples]).all()
-        dtypes = [torch.uint8, torch.int64, torch.bool, torch.int64]
+        images = batch.images.numpy()
+        dtypes = [torch.uint8, torch.bool, torch.float32, torch.int64]
         assert [tensor.dtype for tensor in batch] == dtypes
-        assert (batch.labels.numpy() == samples % 7).all()
-        corners, flips = batch.corners.tolist(), batch.flips.tolist()
-        for sample, corner, flip in zip(samples.tolist(), corners, flips, strict=True):
-            found.append((sample, *corner, flip))
+        for crop, flip, label in zip(images, batch.flips.tolist(), batch.labels, strict=True):
+            sample, top, left = map(int, crop[0, 0])
+            size = len(crop)
+            expected = Coordinates()[sample][top : top + size, left : left + size]
+            np.testing.assert_array_equal(crop, expected)
+            assert label == sample % 7
+            found.append((sample, top, left, flip))
     return found
 
 
 def test_an_epoch_uses_whole_batches_of_distinct_samples():
     batches = epoch()
-    assert [len(batch.labels) for batch in batches] == [16] * 3
+    assert [tuple(batch.images.shape) for batch in batches] == [(16, CROP, CROP, 3)] * 3
     assert len({sample for sample, *_ in views(batches)}) == 48
 
 
@@ -61,17 +68,28 @@ def test_a_small_split_gives_one_batch():
     assert [len(batch.labels) for batch in epoch(batch_size=100)] == [COUNT]
 
 
-def test_every_corner_and_reflection_occurs_alike():
-    found = [view[1:] for number in range(60) for view in views(epoch(number=number))]
+@pytest.mark.parametrize("offsets", [OFFSETS, OFFSETS - 1])
+def test_every_corner_and_reflection_occurs_alike(offsets):
+    found = [view[1:] for number in range(60) for view in views(epoch(0, number, offsets=offsets))]
     kinds, counts = np.unique(np.array(found, int), axis=0, return_counts=True)
-    assert len(kinds) == (MARGIN + 1) ** 2 * 2
-    # 2880 draws of 50 kinds: 57.6 each, standard deviation 7.5.
-    assert counts.min() > 57.6 - 5 * 7.5
-    assert counts.max() < 57.6 + 5 * 7.5
+    assert len(kinds) == offsets**2 * 2
+    assert kinds[:, :2].max() == offsets - 1
+    # 2880 draws of n kinds: a binomial distribution
+    mean = 2880 / len(kinds)
+    assert np.abs(counts - mean).max() < 5 * np.sqrt(mean)
 
 
 def test_digits_are_not_mirrored():
     assert not any(flipped for *_, flipped in views(epoch(flip=False)))
+
+
+def test_a_chunk_shares_its_view():
+    """As in the 2012 code, where the chunk was of 32 images."""
+    found = [view[1:] for view in views(epoch(chunk=5))]
+    assert len(found) == 48
+    chunks = [found[first : first + 5] for first in range(0, 48, 5)]
+    assert all(len(set(chunk)) == 1 for chunk in chunks)
+    assert len({chunk[0] for chunk in chunks}) > 5
 
 
 def test_order_and_views_follow_seed_and_epoch():
@@ -89,9 +107,35 @@ def test_a_view_does_not_depend_on_the_batch_size():
     assert all(small[view[0]] == view for view in views(epoch(batch_size=20)))
 
 
+def test_no_noise_changes_no_colour_and_no_view():
+    noise = np.diag([5.0, 0.0, 0.0])
+    plain, noisy = epoch(), epoch(colour_noise=noise)
+    assert not torch.cat([batch.shift for batch in plain]).any()
+    assert views(plain) == views(noisy)
+
+
+def test_colour_noise_is_normal_with_the_covariance_that_it_is_given():
+    """Each image of each epoch has its own: 60 images, 200 epochs."""
+    noise = np.random.default_rng(0).standard_normal((3, 3))
+    augmentation = Augmentation(CROP, OFFSETS, True, colour_noise=noise)
+    shifts = np.concatenate(
+        [training_batches(SPLIT, 0, number, 60, augmentation).shift for number in range(200)]
+    )
+    assert shifts.dtype == np.float32
+    assert len(np.unique(shifts[:, 0])) == 12_000
+    covariance = noise.T @ noise
+    # deviations of an estimate from n normal numbers: sqrt((s_ii s_jj + s_ij^2) / n)
+    variances = np.diag(covariance)
+    spread = np.sqrt((np.outer(variances, variances) + covariance**2) / 12_000)
+    assert (np.abs(np.cov(shifts.T) - covariance) < 5 * spread).all()
+    assert (np.abs(shifts.mean(0)) < 5 * np.sqrt(variances / 12_000)).all()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers):
-    for ours, theirs in zip(epoch(workers=workers), epoch(), strict=True):
+    for ours, theirs in zip(
+        epoch(workers=workers, colour_noise=np.eye(3)), epoch(colour_noise=np.eye(3)), strict=True
+    ):
         assert all(map(torch.equal, ours, theirs))
 
 
@@ -100,29 +144,54 @@ def test_an_epoch_can_start_at_any_batch(workers):
     assert views(epoch(workers=workers, first=2)) == views(epoch())[32:]
 
 
-def test_evaluation_takes_each_central_crop_once():
-    batches = list(iterate(evaluation_batches(SPLIT, 16, MARGIN)))
-    assert [len(batch.labels) for batch in batches] == [16, 16, 16, 12]
-    assert views(batches) == [(sample, 2, 2, False) for sample in range(COUNT)]
+def test_evaluation_takes_each_whole_image_once():
+    batches = list(iterate(evaluation_batches(SPLIT, SIZE, 16)))
+    assert [tuple(batch.images.shape) for batch in batches] == [
+        *[(16, SIZE, SIZE, 3)] * 3,
+        (12, SIZE, SIZE, 3),
+    ]
+    assert views(batches) == [(sample, 0, 0, False) for sample in range(COUNT)]
+
+
+def test_evaluation_of_a_share():
+    batches = list(iterate(evaluation_batches(SPLIT, SIZE, 16, range(5, 23))))
+    assert [len(batch.labels) for batch in batches] == [16, 2]
+    assert [view[0] for view in views(batches)] == list(range(5, 23))
 
 
 class Broken(Coordinates):
-    def __getitem__(self, indices):
+    def __getitem__(self, index):
         raise DataError("cannot decode x.png")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_stops_the_run_with_its_one_line(workers):
-    batches = evaluation_batches(Split(Broken(), SPLIT.labels), 16, MARGIN)
+    batches = evaluation_batches(Split(Broken(), SPLIT.labels), SIZE, 16)
     with pytest.raises(DataError) as error:
         list(iterate(batches, workers))
     assert str(error.value) == "cannot decode x.png"
 
 
+def test_batches_reach_the_device_in_order(device):
+    batches = epoch(colour_noise=np.eye(3))
+    sent = (
+        list(to_device(iter([batch.pin_memory() for batch in batches]), device))
+        if (device.type == "cuda")
+        else list(to_device(iter(batches), device))
+    )
+    for ours, theirs in zip(sent, batches, strict=True):
+        assert ours.images.device.type == device.type
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(ours, theirs, strict=True))
+
+
 def test_digits_reach_the_network_at_unit_scale():
     dataset = load_dataset("digits", 36)
-    batches = iterate(training_batches(dataset.train, 0, 0, 64, 4, dataset.flip))
+    augmentation = Augmentation(32, 5, dataset.flip)
+    batches = iterate(training_batches(dataset.train, 0, 0, 64, augmentation))
     mean = torch.from_numpy(dataset.mean)[2:34, 2:34]
-    values = torch.cat([ops.augment(*batch[:3], mean, 64.0) for batch in batches])
+    corners = torch.zeros(64, 2, dtype=torch.int64)
+    values = torch.cat(
+        [ops.augment(batch.images, corners, batch.flips, mean, 64.0) for batch in batches]
+    )
     assert abs(values.mean().item()) < 0.05
     assert 0.8 < values.std().item() < 1.2

@@ -1,0 +1,134 @@
+"""Errors on the held-out split: central crops, or ten crops of each image."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alexkern.data import Split, evaluation_batches, iterate, to_device
+from alexkern.training.errors import StoppedError, TrainingError
+from alexkern.training.forward import Forward
+from alexkern.training.metrics import Evaluation, wrong_answers
+
+
+class View(NamedTuple):
+    """A crop of the stored image."""
+
+    top: int
+    left: int
+    flip: bool
+
+
+def centre_crop(margin: int) -> list[View]:
+    """The central crop.
+
+    Args:
+        margin: Side of a stored image minus that of a crop.
+    """
+    return [View(margin // 2, margin // 2, False)]
+
+
+def ten_crops(margin: int) -> list[View]:
+    """Four corners and the centre, and their mirror images (paper, section 4.1)."""
+    middle = margin // 2
+    corners = (0, 0), (0, margin), (margin, 0), (margin, margin), (middle, middle)
+    return [View(*corner, flip) for flip in (False, True) for corner in corners]
+
+
+class Evaluated(NamedTuple):
+    """Result on the whole split.
+
+    Attributes:
+        evaluation: Loss and errors.
+        probabilities: float32 [N, classes], on the first process if asked for, otherwise None.
+    """
+
+    evaluation: Evaluation
+    probabilities: NDArray[np.float32] | None
+
+
+@torch.inference_mode()
+def evaluate(
+    forward: Forward,
+    split: Split,
+    views: list[View],
+    stored_size: int,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    *,
+    keep: bool = False,
+    stopping: Callable[[], object] = lambda: False,
+) -> Evaluated:
+    """Predict each sample once, by the mean of the probabilities of its views (paper, 4.1).
+
+    With ``torch.distributed`` each process takes a share of the samples. No sample is predicted
+    twice to fill a batch: shares and last batches are of unequal size instead.
+
+    Args:
+        forward: From pixels to class scores; its network is in evaluation mode.
+        split: The held-out split.
+        views: Of each image.
+        stored_size: Side of the stored images.
+        batch_size: Images per batch.
+        workers: Processes that make batches.
+        device: Of the network.
+        keep: Whether to return the probabilities.
+        stopping: Asked before every batch.
+
+    Raises:
+        StoppedError: ``stopping`` said so.
+        TrainingError: The processes did not predict as many samples as there are.
+    """
+    samples = _share(len(split.labels))
+    batches = evaluation_batches(split, stored_size, batch_size, samples)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    kept = []
+    for batch in to_device(iterate(batches, workers, device.type == "cuda"), device):
+        if stopping():
+            raise StoppedError
+        scores = _log_probabilities(forward, batch.images, views)
+        labels = batch.labels
+        loss = F.nll_loss(scores, labels, reduction="sum")
+        wrong = [wrong_answers(scores, labels, k) for k in (1, 5)]
+        sums += torch.stack((loss, *wrong, torch.ones_like(loss) * len(labels)))
+        if keep:
+            kept.append(scores.exp().cpu())
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    *totals, count = sums.tolist()
+    if count != len(split.labels):
+        raise TrainingError(
+            f"{count:.0f} samples were predicted, and the split has {len(split.labels)}"
+        )
+    probabilities = _gathered(torch.cat(kept).numpy()) if keep else None
+    return Evaluated(Evaluation(*(total / count for total in totals)), probabilities)
+
+
+def _log_probabilities(forward: Forward, images: Tensor, views: list[View]) -> Tensor:
+    """Logarithm of the mean over views of the probabilities, [B, classes]."""
+    scores = []
+    for top, left, flip in views:
+        corners = torch.tensor([[top, left]]).to(images.device).expand(len(images), 2)
+        flips = torch.full((len(images),), flip, device=images.device)
+        scores.append(F.log_softmax(forward(images, corners, flips), 1))
+    return torch.stack(scores).logsumexp(0) - float(np.log(len(views)))
+
+
+def _share(count: int) -> range:
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(rank * count // processes, (rank + 1) * count // processes)
+
+
+def _gathered(part: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    if not dist.is_initialized():
+        return part
+    first = dist.get_rank() == 0
+    parts: list[NDArray[np.float32]] = [part] * dist.get_world_size()
+    dist.gather_object(part, parts if first else None)
+    return np.concatenate(parts) if first else None

@@ -1,0 +1,76 @@
+"""From stored pixels to class scores, under one backend and one precision."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+import alexkern
+from alexkern import ops
+from alexkern.data import Dataset
+from alexkern.models import AlexNet
+from alexkern.training.options import Options
+
+_AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Forward:
+    """``ops.augment`` and the network.
+
+    Args:
+        model: On ``device``.
+        options: Say which kernels and which precision.
+        dataset: Brings the mean image.
+        device: Of everything.
+    """
+
+    def __init__(
+        self, model: AlexNet, options: Options, dataset: Dataset, device: torch.device
+    ) -> None:
+        preset = model.preset
+        self._model, self._std, self._device = model, preset.input_std, device
+        self._dtype = _AMP_DTYPES.get(options.amp)
+        self._backend = "torch" if options.kernels == "compile" else options.kernels
+        # For this project's kernels images are packed; a vendor's might be slower on that.
+        packing = preset.packing if self._backend == "triton" else None
+        self._packing = packing._asdict() if packing else {}
+        # the central crop's mean for every crop, as in the 2012 code
+        corner = (preset.stored_size - preset.crop_size) // 2
+        centre = slice(corner, corner + preset.crop_size)
+        self._mean = torch.from_numpy(dataset.mean[centre, centre]).contiguous().to(device)
+
+    def __call__(
+        self,
+        images: Tensor,
+        corners: Tensor,
+        flips: Tensor,
+        shift: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
+        divisor: float = 1.0,
+    ) -> Tensor:
+        """Class scores of crops.
+
+        Args:
+            images: Stored ones, or crops of them.
+            corners: This and what follows as in :func:`alexkern.ops.augment`.
+            flips: Whether each is mirrored.
+            shift: Of the colours.
+            dropout_seeds: See :class:`alexkern.models.AlexNet`.
+            divisor: Divides pixels besides the preset's ``input_std``.
+
+        Returns:
+            float32 [B, classes].
+        """
+        dtype = self._dtype or torch.float32
+        precision = torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
+        with precision, self.kernels():
+            std = self._std * divisor
+            crops = ops.augment(
+                images, corners, flips, self._mean, std, shift, dtype=dtype, **self._packing
+            )
+            logits: Tensor = self._model(crops, dropout_seeds)
+        return logits.float()
+
+    def kernels(self) -> AbstractContextManager[None]:
+        """The backend, for what else the step does."""
+        return alexkern.use_backend(self._backend)

@@ -1,0 +1,253 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import ROOT, newest, rows, run_program
+
+from alexkern.predictions import Predictions
+from alexkern.training.cli import INTERPRETED_STEPS, main
+from alexkern.training.options import read_config
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A few easy images in three classes."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label, name in enumerate(("blue", "green", "red")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for index in range(4):
+                image = random.integers(0, 100, (40, 40, 3), np.uint8)
+                image[..., 2 - label] += 150
+                Image.fromarray(image).save(tmp_path / "images" / split / name / f"{index}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def small(folder):
+    """Three steps an epoch."""
+    return ["--data", str(folder), "--preset", "mini", "-b", "4", "-j", "0"]
+
+
+def test_main_job_end_to_end(tmp_path):
+    output = tmp_path / "run"
+    result = run_program("--steps", "3", "--print-freq", "2", "--output", str(output))
+    assert result.returncode == 0, result.stderr
+    assert [row["step"] for row in rows(output)] == ["2", "3"]
+    best, time = result.stdout.splitlines()[-2:]
+    assert best.startswith("best: loss")
+    assert "top-1 error" in best
+    assert time.startswith("time: ")
+    assert "waiting for data" in time
+    assert newest(output)["step"] == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is no interpreter")
+def test_triton_kernels_give_the_losses_of_plain_pytorch(small, tmp_path):
+    losses = {}
+    for kernels in ("triton", "torch"):
+        result = run_program(
+            *(*small, "--kernels", kernels, "--colour-noise", "stdev"),
+            *("--steps", "3", "--print-freq", "1", "--output", str(tmp_path / kernels)),
+        )
+        assert result.returncode == 0, result.stderr
+        written = rows(tmp_path / kernels)
+        losses[kernels] = [float(row["train_loss"]) for row in written]
+        losses[kernels].append(float(written[-1]["val_loss"]))
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-3)
+
+
+def test_help_needs_no_torch():
+    result = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import sys; from alexkern.training.cli import main\n"
+            "try: main(['--help'])\n"
+            "finally: assert 'torch' not in sys.modules",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--kernels" in result.stdout
+
+
+def test_resume_evaluate_and_options_of_the_checkpoint(small, tmp_path, capsys):
+    output = tmp_path / "run"
+    begin = [*small, "--epochs", "2", "--seed", "5", "--output", str(output)]
+    assert main([*begin, "--steps", "2"]) == 0
+    assert main(["--resume", "--output", str(output), "--lr", "0.02"]) == 0
+    out = capsys.readouterr().out
+    assert f"resumed {output}/checkpoint-00000002.pt at step 2" in out
+    assert "changed: lr 0.01 -> 0.02\n" in out
+    state = newest(output)
+    assert (state["step"], state["options"]["seed"], state["options"]["lr"]) == (6, 5, 0.02)
+    metrics = (output / "metrics.csv").read_bytes()
+    error = f"top-1 error {float(rows(output)[-1]['val_top1_error']):.2%}"
+    for resumed in (output, output / "checkpoint-00000006.pt"):
+        assert main(["--evaluate", "--resume", str(resumed)]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("central crop: loss")
+        assert error in last
+    assert (output / "metrics.csv").read_bytes() == metrics
+
+
+def test_automatic_resumption_begins_where_there_is_nothing(small, tmp_path, capsys):
+    """So that one command line serves the first start and every restart."""
+    command = [*small, "--epochs", "1", "--output", str(tmp_path / "run"), "--resume", "auto"]
+    assert main([*command, "--steps", "1"]) == 0
+    assert "a new run" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "at step 1" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_passed_over(small, tmp_path, capsys):
+    output = tmp_path / "run"
+    begin = [*small, "--epochs", "3", "--output", str(output)]
+    assert main([*begin, "--steps", "6"]) == 0
+    path = output / "checkpoint-00000006.pt"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    capsys.readouterr()
+    assert main(["--resume", "auto", "--output", str(output), "--steps", "7"]) == 0
+    said = capsys.readouterr()
+    assert f"warning: {path} is not a readable checkpoint" in said.err
+    assert "checkpoint-00000003.pt at step 3" in said.out
+
+
+def test_a_file_of_options_and_flags_above_it(small, tmp_path):
+    config, output = tmp_path / "mine.toml", tmp_path / "run"
+    config.write_text('schedule = "step:1"\nlr = 0.5\nseed = 7\ntarget = "all of it"\n')
+    begin = [*small, "--config", str(config), "--lr", "0.25", "--output", str(output)]
+    assert main([*begin, "--steps", "1"]) == 0
+    resolved = read_config(output / "config.toml")
+    chosen = {name: resolved[name] for name in ("schedule", "lr", "seed", "target", "batch_size")}
+    assert chosen == {
+        **{"schedule": "step:1", "lr": 0.25, "seed": 7, "target": "all of it"},
+        "batch_size": 4,
+    }
+    again = tmp_path / "again"
+    saved = str(output / "config.toml")
+    assert main(["--config", saved, "--steps", "1", "--output", str(again)]) == 0
+    assert (again / "config.toml").read_text() == (output / "config.toml").read_text()
+    assert newest(again)["options"] == newest(output)["options"]
+
+
+def test_predictions_of_ten_crops(small, tmp_path, capsys):
+    output, path = tmp_path / "run", tmp_path / "predictions.npz"
+    assert main([*small, "--steps", "3", "--output", str(output)]) == 0
+    capsys.readouterr()
+    evaluate = ["-e", "--resume", str(output), "--ten-crop", "--predictions", str(path)]
+    assert main(evaluate) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = Predictions.load(path)
+    assert (found.views, found.class_names) == (10, ("blue", "green", "red"))
+    assert lines[-1] == f"wrote {path}"
+    assert f"ten crops: loss {found.loss():.4f}, top-1 error {found.error(1):.2%}" in lines[-2]
+
+
+def test_evaluation_by_several_processes(small, tmp_path, capfd):
+    output = tmp_path / "run"
+    assert main([*small, "--steps", "3", "--output", str(output)]) == 0
+    error = f"top-1 error {float(rows(output)[-1]['val_top1_error']):.2%}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program = [str(ROOT / "train_alexnet.py"), "-e", "--resume", str(output)]
+    found = subprocess.run(
+        [*launcher, "--nproc-per-node=2", *program], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    (line,) = [line for line in found.stdout.splitlines() if line.startswith("central crop")]
+    assert error in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "papr"], ["unknown preset 'papr'", "mini"]),
+        (["--data", "no/such/folder"], ["no folder 'no/such/folder'", "digits"]),
+        (["--kernels", "cuda"], ["--kernels", "triton"]),
+        (["--epochs", "0"], ["--epochs", "'0' is not an integer of at least 1"]),
+        (["--lr", "nan"], ["--lr", "'nan'"]),
+        (["--schedule", "never"], ["'never'", "plateau[:PATIENCE]"]),
+        (["--crop-offsets", "9"], ["crop_offsets must be 1 to 5", "got 9"]),
+        (["--config", "no.toml"], ["--config no.toml", "No such file"]),
+        (["--evaluate"], ["--resume"]),
+        (["--resume"], ["--output"]),
+        (["--resume", "no.pt"], ["no checkpoint at no.pt"]),
+        (["--resume", "tests"], ["no checkpoint in tests"]),
+        (["--output", "/proc/run", "--steps", "1"], ["cannot write to --output /proc/run"]),
+        (["--frobnicate"], ["--frobnicate"]),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    try:
+        code = main(arguments)
+    except SystemExit as end:  # argparse's own way out
+        code = end.code
+    complaint = capsys.readouterr().err
+    assert code == 2
+    assert complaint.startswith("train_alexnet.py: error: ")
+    assert complaint.count("\n") == 1
+    for word in words:
+        assert word in complaint
+
+
+def test_wrong_data_is_one_line_and_exit_code_2(folder):
+    (folder / "train" / "grey").mkdir()
+    (folder / "val" / "grey").mkdir()
+    result = run_program("--data", str(folder))
+    assert result.returncode == 2
+    assert result.stderr.startswith("train_alexnet.py: error: class folder ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_checkpoint_of_another_preset_or_class_count(small, tmp_path, capsys):
+    output = str(tmp_path / "run")
+    assert main([*small, "--steps", "1", "--output", output]) == 0
+    capsys.readouterr()
+    for arguments, word in (
+        (["--resume", "--output", output, "--preset", "paper"], "preset 'mini', not 'paper'"),
+        (["--resume", "--output", output, "--data", "digits"], "3 classes"),
+        (["--output", output], "holds a run"),
+    ):
+        assert main(arguments) == 2
+        assert word in capsys.readouterr().err
+
+
+def test_training_by_several_processes_is_refused(small, monkeypatch, capsys):
+    """What evaluation can do, training cannot."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program = [str(ROOT / "train_alexnet.py"), *small]
+    found = subprocess.run(
+        [*launcher, "--nproc-per-node=2", *program], capture_output=True, text=True, check=False
+    )
+    assert found.returncode != 0
+    assert "training takes one process, and WORLD_SIZE is 2" in found.stderr
+
+
+# The promises of the main job, in full
+
+
+@pytest.mark.slow
+def test_digits_are_learnt_to_three_percent(tmp_path):
+    result = run_program("--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert float(rows(tmp_path)[-1]["val_top1_error"]) <= 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_the_steps_of_the_interpreter_suffice_for_every_seed(tmp_path, seed):
+    """On plain PyTorch, whose losses are those of the kernels."""
+    steps = ["--steps", str(INTERPRETED_STEPS), "--kernels", "torch"]
+    assert main([*steps, "--seed", str(seed), "--output", str(tmp_path)]) == 0
+    written = rows(tmp_path)
+    assert float(written[0]["train_top1_error"]) > 0.7
+    assert float(written[-1]["val_top1_error"]) < 0.5
