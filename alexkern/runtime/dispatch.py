@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from alexkern.files import replacing
 from alexkern.runtime.config import MatmulConfig
 from alexkern.runtime.launch import device_code
 from alexkern.runtime.vendor import VARIANTS
@@ -206,13 +207,8 @@ def save(table: Table, path: Path) -> None:
             for problem, candidates in table.entries.items()
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(content, indent=1))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 @cache
