@@ -57,7 +57,7 @@ class Run:
         """As the rows tell it; None if the first epoch did not end."""
         if self.rows[-1]["epoch"] == 1 and not any("val_loss" in row for row in self.rows):
             return None
-        # all others are of epochs that had not ended
+        # a row within an epoch gives less than one at its end
         return max(row["step"] / row["epoch"] for row in self.rows)
 
     def points(self, column: str) -> list[tuple[float, float]]:
