@@ -13,17 +13,31 @@ __all__ = [
     "__version__",
     "accelerate",
     "data",
+    "figures",
     "models",
     "nn",
     "ops",
     "optim",
+    "predictions",
     "restore",
     "training",
     "use_backend",
 ]
 
 _SUBMODULES = frozenset(
-    {"acceleration", "data", "models", "nn", "ops", "optim", "reference", "runtime", "training"}
+    {
+        "acceleration",
+        "data",
+        "figures",
+        "models",
+        "nn",
+        "ops",
+        "optim",
+        "predictions",
+        "reference",
+        "runtime",
+        "training",
+    }
 )
 
 

@@ -29,12 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plain.add_argument("--json", action="store_true", help="for programs")
         plain.set_defaults(run=command)
     _add_tune(commands.add_parser("tune", help="measure who computes convolutions fastest"))
+    _add_plot(commands.add_parser("plot", help="draw the curves of training runs"))
+    _add_average(commands.add_parser("average", help="average several networks' predictions"))
     options = parser.parse_args(arguments)
     from alexkern.runtime.dispatch import TableError
 
     try:
         return int(options.run(options))
-    except (TableError, ValueError) as error:
+    except (TableError, ValueError, ImportError, OSError) as error:
         print(f"alexkern: {error}", file=sys.stderr)
         return 2
 
@@ -183,6 +185,60 @@ def _line(table: "Table", problem: "Convolution") -> str:
     winner = table.best(problem)
     name = winner.choice if winner else "nobody"
     return f"{what}: {name} wins; {'; '.join(shown)}; {failed} of {len(candidates)} failed"
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_plot)
+    parser.description = (
+        "Draw loss, errors, learning rate and images per second of training runs, into an SVG and "
+        "a PNG file."
+    )
+    parser.add_argument("run_folders", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--output",
+        metavar="NAME",
+        type=Path,
+        help="the files' name without .svg and .png, or a folder (default: curves, in the first "
+        "run's folder)",
+    )
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from alexkern.figures import plot
+
+    print(*plot(options.run_folders, options.output), sep="\n")
+    return 0
+
+
+def _add_average(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_average)
+    parser.description = (
+        "Average the probabilities that several networks give for the same images, and print the "
+        "errors of each and of the average."
+    )
+    what = "predictions, as `train_alexnet.py --evaluate --predictions FILE` writes them"
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help=what)
+    parser.add_argument(
+        "--weights", metavar="W", nargs="+", type=float, help="of each file (default: all equal)"
+    )
+    parser.add_argument("--output", metavar="FILE", type=Path, help="keep the average as a file")
+
+
+def _average(options: argparse.Namespace) -> int:
+    from alexkern.predictions import Predictions, average
+
+    if options.output in options.files:
+        raise ValueError(f"--output {options.output} is one of the files to average")
+    found = [Predictions.load(path) for path in options.files]
+    mean = average(found, options.weights)
+    if options.output:
+        mean.save(options.output)
+    width = max(len(each.name) for each in [*found, mean])
+    print(f"{'':{width}}   top-1   top-5    loss")
+    for each in [*found, mean]:
+        errors = f"{each.error(1):7.2%} {each.error(5):7.2%}"
+        print(f"{each.name:{width}} {errors} {each.loss():7.4f}")
+    return 0
 
 
 if __name__ == "__main__":

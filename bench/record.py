@@ -7,7 +7,6 @@ or a type, :func:`save` writes the whole file or nothing.
 import dataclasses
 import json
 import math
-import os
 import statistics
 import types
 import typing
@@ -15,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from alexkern.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 FORMAT = 1
@@ -181,10 +182,8 @@ def save(record: Any, path: Path) -> None:
     """Write a record of any of these dataclasses: the whole file or, on an error, nothing."""
     content = dataclasses.asdict(record)
     decode(type(record), content, str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(_one_line_each(content), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(_one_line_each(content).encode())
 
 
 def load(kind: type[T], path: Path) -> T:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from alexkern.figures.drawing import new_figure, save
 from bench.compile_record import CompiledKernel, CompileRecord
 from bench.layers import BATCH
 from bench.record import RESULTS, Key, Measurement, Record, RecordError, load, newest
@@ -316,16 +317,11 @@ def rendered(page: str, made: dict[str, str]) -> str:
 
 def plot(record: Record, folder: Path) -> list[Path]:
     """Draw every plot, as SVG and PNG."""
-    from matplotlib.figure import Figure
-
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, (_, draw) in _PLOTS.items():
-        figure = Figure(figsize=(9, 5), layout="constrained")
+        figure = new_figure(9, 5)
         draw(record, figure.subplots())
-        for suffix in ("svg", "png"):
-            written.append(folder / f"{name}.{suffix}")
-            figure.savefig(written[-1], metadata={"Date": None} if suffix == "svg" else None)
+        written += save(figure, folder / name)
     return written
 
 

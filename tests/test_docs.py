@@ -15,7 +15,8 @@ from alexkern import ops, optim
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 OP_PAGES = sorted((ROOT / "docs" / "ops").glob("*.md"))
-WITH_EXAMPLES = [*OP_PAGES, ROOT / "docs" / "use.md", ROOT / "docs" / "numerics.md"]
+OTHER_PAGES = [ROOT / "docs" / f"{name}.md" for name in ("use", "numerics", "plot-and-average")]
+WITH_EXAMPLES = [*OP_PAGES, *OTHER_PAGES]
 EXAMPLES = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in WITH_EXAMPLES

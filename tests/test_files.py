@@ -1,0 +1,38 @@
+"""Files appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from alexkern.files import replacing
+
+
+def test_a_file_is_there_when_the_block_has_ended(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with replacing(path) as file:
+        file.write(b"all")
+        assert not path.exists()
+    assert path.read_bytes() == b"all"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("stopped_by", [ValueError, KeyboardInterrupt])
+def test_a_block_that_raises_leaves_the_old_file(
+    tmp_path: Path, stopped_by: type[BaseException]
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(stopped_by), replacing(path) as file:
+        raise stopped_by(file.write(b"half of"))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "below"
+    with pytest.raises(OSError, match=str(path)), replacing(path):
+        pass
+    full = tmp_path / "full"
+    with pytest.raises(OSError, match=f"No space left on device: '{full}'"), replacing(full):
+        raise OSError(28, "No space left on device")
