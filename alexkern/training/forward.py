@@ -7,9 +7,7 @@ from torch import Tensor
 
 import alexkern
 from alexkern import ops
-from alexkern.data import Dataset
 from alexkern.models import AlexNet
-from alexkern.training.options import Options
 
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -18,26 +16,24 @@ class Forward:
     """``ops.augment`` and the network.
 
     Args:
-        model: On ``device``.
-        options: Say which kernels and which precision.
-        dataset: Brings the mean image.
-        device: Of everything.
+        model: The network.
+        mean: Of stored images, float32 [size, size, 3]; its centre is subtracted from all crops,
+            as in the 2012 code. On the network's device.
+        kernels: The backend, or ``compile``, which is ``torch``.
+        amp: ``off``, ``bf16`` or ``fp16`` autocast.
     """
 
-    def __init__(
-        self, model: AlexNet, options: Options, dataset: Dataset, device: torch.device
-    ) -> None:
+    def __init__(self, model: AlexNet, mean: Tensor, kernels: str, amp: str) -> None:
         preset = model.preset
-        self._model, self._std, self._device = model, preset.input_std, device
-        self._dtype = _AMP_DTYPES.get(options.amp)
-        self._backend = "torch" if options.kernels == "compile" else options.kernels
+        self._model, self._std, self._device = model, preset.input_std, mean.device
+        self._dtype = _AMP_DTYPES.get(amp)
+        self._backend = "torch" if kernels == "compile" else kernels
         # For this project's kernels images are packed; a vendor's might be slower on that.
         packing = preset.packing if self._backend == "triton" else None
         self._packing = packing._asdict() if packing else {}
-        # the central crop's mean for every crop, as in the 2012 code
         corner = (preset.stored_size - preset.crop_size) // 2
         centre = slice(corner, corner + preset.crop_size)
-        self._mean = torch.from_numpy(dataset.mean[centre, centre]).contiguous().to(device)
+        self._mean = mean[centre, centre].contiguous()
 
     def __call__(
         self,

@@ -122,7 +122,8 @@ class Trainer:
         self._bias_schedule = (
             make_schedule(options.bias_schedule, options.epochs) if own else self._schedule
         )
-        self._forward = Forward(self.model, options, dataset, device)
+        mean = torch.from_numpy(dataset.mean).to(device)
+        self._forward = Forward(self.model, mean, options.kernels, options.amp)
         self._margin = preset.stored_size - preset.crop_size
         self._meter = Meter(device)
         self._utilisation = Utilisation(preset, self.model.num_classes, options.amp, device)

@@ -91,7 +91,7 @@ class Step:
         seeds = torch.tensor(dropout_seeds, pin_memory=self._device.type == "cuda")
         seeds = seeds.to(self._device, non_blocking=True)
         if self._eager:
-            return self._compute(batch, seeds)
+            return self.compute(batch, seeds)
         if self._to_warm_up:
             self._to_warm_up -= 1
             return self._warm_up(batch, seeds)
@@ -103,7 +103,8 @@ class Step:
         self._graph.replay()
         return self._outcome
 
-    def _compute(self, batch: Batch, dropout_seeds: Tensor) -> Outcome:
+    def compute(self, batch: Batch, dropout_seeds: Tensor) -> Outcome:
+        """What is captured; all its arguments are on the device."""
         labels = batch.labels
         corners = torch.zeros(len(labels), 2, dtype=torch.int64, device=self._device)
         logits = self._forward(
@@ -135,7 +136,7 @@ class Step:
         current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            outcome = self._compute(batch, seeds)
+            outcome = self.compute(batch, seeds)
         current.wait_stream(side)
         for tensor in outcome:
             tensor.record_stream(current)
@@ -148,7 +149,7 @@ class Step:
         try:
             # thread_local: another thread allocates page-locked memory for batches meanwhile
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._outcome = self._compute(self._batch, self._seeds)
+                self._outcome = self.compute(self._batch, self._seeds)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise TrainingError(
