@@ -1,6 +1,6 @@
 """AlexNet on this project's ops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from alexkern.models.presets import Convolution, Preset, Step, get_preset
 from alexkern.ops.dropout import draw_seed
 
 # torchvision's names of the same parameters.
-_TORCHVISION_NAMES = {
+TORCHVISION_NAMES = {
     "features.0": "conv1",
     "features.3": "conv2",
     "features.6": "conv3",
@@ -246,11 +246,20 @@ def _image_shapes(preset: Preset) -> list[list[int]]:
     return [[3, size, size], packed]
 
 
+def renamed(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """A state dict of this network, whether it has its names or torchvision's."""
+    ours = {
+        f"{prefix}{there}.{kind}": f"{prefix}{here}.{kind}"
+        for there, here in TORCHVISION_NAMES.items()
+        for kind in ("weight", "bias")
+    }
+    return {ours.get(name, name): tensor for name, tensor in state.items()}
+
+
 def _rename_torchvision_keys(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
-    """Let ``load_state_dict`` take torchvision's names as well."""
-    for theirs, ours in _TORCHVISION_NAMES.items():
-        for kind in ("weight", "bias"):
-            if f"{prefix}{theirs}.{kind}" in state_dict:
-                state_dict[f"{prefix}{ours}.{kind}"] = state_dict.pop(f"{prefix}{theirs}.{kind}")
+    """Let ``load_state_dict`` take torchvision's names as well; it wants the same dict changed."""
+    ours = renamed(state_dict, prefix)
+    state_dict.clear()
+    state_dict.update(ours)

@@ -1,12 +1,11 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alexkern.files import load_torch, replacing
 from alexkern.training.errors import UsageError
 
 FILE_NAME = "checkpoint.pt"
@@ -20,17 +19,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
         path: File to write.
         state: Tensors and plain types (see :func:`load`).
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the new name last as well
-    finally:
-        os.close(folder)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -46,10 +36,9 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"no checkpoint at {path}: --resume takes the file of an earlier run")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"{path} is not a readable checkpoint ({reason})") from error
+        state = load_torch(path)
+    except ValueError as error:
+        raise UsageError(f"{path} is not a readable checkpoint ({error})") from error
     if not isinstance(state, dict) or not state.keys() >= _KEYS:
         raise UsageError(f"{path} is not a checkpoint of train_alexnet.py")
     return state
