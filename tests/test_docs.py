@@ -3,20 +3,22 @@
 import ast
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pages import ROOT, blocks, run_python
+from torch.utils.flop_counter import FlopCounterMode
 
 from alexkern import ops, optim
+from alexkern.models import PRESETS, AlexNet, Preset
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 OP_PAGES = sorted((ROOT / "docs" / "ops").glob("*.md"))
-OTHER_PAGES = [ROOT / "docs" / f"{name}.md" for name in ("use", "numerics", "plot-and-average")]
-WITH_EXAMPLES = [*OP_PAGES, *OTHER_PAGES]
+NAMED = ("use", "numerics", "plot-and-average", "which-alexnet")
+WITH_EXAMPLES = [*OP_PAGES, *(ROOT / "docs" / f"{name}.md" for name in NAMED)]
 EXAMPLES = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in WITH_EXAMPLES
@@ -87,3 +89,66 @@ def test_signatures_are_the_codes(name: str) -> None:
 def test_every_stem_has_a_page() -> None:
     stems = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"channels"}
     assert stems <= {page.stem for page in OP_PAGES}
+
+
+def listed(numbers: Iterable[object]) -> str:
+    return ", ".join(f"{n:.3g}" if isinstance(n, float) else str(n) for n in numbers)
+
+
+def sizes(preset: Preset) -> list[str]:
+    with torch.device("meta"):
+        model, images = AlexNet(preset), torch.empty(1, 3, *[preset.crop_size] * 2)
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+    present = [bool(width) for width in preset.widths]
+    return [
+        listed(width or "-" for width in preset.widths),
+        listed(n if there else "-" for n, there in zip(preset.groups, present, strict=True)),
+        listed(preset.fc_widths),
+        listed(preset.fc_groups),
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        f"{counter.get_total_flops() / 2e6:.1f}",
+    ]
+
+
+def steps_and_constants(preset: Preset) -> list[str]:
+    norm, lrn = preset.response_norm, "-"
+    if norm is not None:
+        factor = norm.alpha / norm.size if norm.alpha_mode == "mean" else norm.alpha
+        lrn = listed((norm.k, factor, norm.groups))
+    return [
+        str(preset.crop_size),
+        listed(preset.conv1_padding),
+        *(listed(s for s in steps if norm or s != "norm") for steps in preset.steps[:2]),
+        lrn,
+        str(preset.pool_kernel),
+        f"{preset.dropout} {preset.dropout_mode}" + ", before" * preset.dropout_before,
+    ]
+
+
+def start(preset: Preset) -> list[str]:
+    present = [*map(bool, preset.widths), True, True, True]
+    stds, biases = (
+        "PyTorch's"
+        if preset.weight_std is None
+        else listed(n if there else "-" for n, there in zip(numbers, present, strict=True))
+        for numbers in (preset.weight_std or (), preset.bias)
+    )
+    assert preset.learning_rate == 0.01
+    assert preset.epochs == (30 if preset.name == "mini" else 90)
+    return [stds, biases, str(preset.batch_size), f"{preset.input_std:g}"]
+
+
+@pytest.mark.parametrize(
+    ("column", "cells"),
+    [("channels", sizes), ("crop", steps_and_constants), ("deviation of the weights", start)],
+)
+def test_tables_of_presets(column: str, cells: Callable[[Preset], list[str]]) -> None:
+    """Every preset stands in one row of each table, with the code's numbers."""
+    page = (ROOT / "docs" / "which-alexnet.md").read_text(encoding="utf-8")
+    (table,) = re.findall(rf"^\| preset \| {column} \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.M)
+    shown = {}
+    for row in table.splitlines():
+        names, *numbers = row.strip("| ").split(" | ")
+        shown |= dict.fromkeys(re.findall(r"`(\w+)`", names), numbers)
+    assert shown == {name: cells(preset) for name, preset in PRESETS.items()}

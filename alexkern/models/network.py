@@ -1,15 +1,19 @@
 """AlexNet on this project's ops."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import alexkern.ops as ops
-from alexkern.models.presets import Preset, get_preset
+from alexkern.models.presets import Convolution, Preset, Step, get_preset
+from alexkern.ops.dropout import draw_seed
 
 # torchvision's names of the same parameters.
-_TORCHVISION_NAMES = {
+TORCHVISION_NAMES = {
     "features.0": "conv1",
     "features.3": "conv2",
     "features.6": "conv3",
@@ -38,7 +42,8 @@ class AlexNet(nn.Module):
     """Five convolutions and three fully connected layers (paper section 3.5, figure 2).
 
     The layers ``conv1`` to ``conv5`` and ``fc6`` to ``fc8`` hold the parameters; what is computed
-    with them follows the preset.
+    with them follows the preset, which may also lack a convolution or have a ``conv6``. A fully
+    connected layer of groups has the weight [units, inputs / groups], as a convolution has.
 
     Args:
         preset: The network's numbers.
@@ -48,38 +53,47 @@ class AlexNet(nn.Module):
         ValueError: Fewer than one class.
     """
 
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    conv3: nn.Conv2d
+    conv4: nn.Conv2d
+    conv5: nn.Conv2d
+
     def __init__(self, preset: Preset, num_classes: int = 1000) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         self.preset = preset
         self.num_classes = num_classes
-        widths, groups = preset.widths, preset.groups
-        # conv1's padding has four numbers, which nn.Conv2d cannot hold: forward adds it.
-        self.conv1 = nn.Conv2d(
-            3, widths[0], preset.conv1_kernel, preset.conv1_stride, groups=groups[0]
-        )
-        self.conv2 = nn.Conv2d(widths[0], widths[1], 5, padding=2, groups=groups[1])
-        self.conv3 = nn.Conv2d(widths[1], widths[2], 3, padding=1, groups=groups[2])
-        self.conv4 = nn.Conv2d(widths[2], widths[3], 3, padding=1, groups=groups[3])
-        self.conv5 = nn.Conv2d(widths[3], widths[4], 3, padding=1, groups=groups[4])
-        self.fc6 = nn.Linear(widths[4] * _pool5_size(preset) ** 2, preset.fc_width)
-        self.fc7 = nn.Linear(preset.fc_width, preset.fc_width)
-        self.fc8 = nn.Linear(preset.fc_width, num_classes)
+        self._convolutions = preset.convolutions
+        channels = 3
+        for name, width, kernel, stride, padding, groups, _ in self._convolutions:
+            # conv1's padding has four numbers, which nn.Conv2d cannot hold: forward adds it
+            own = padding if isinstance(padding, int) else 0
+            layer = nn.Conv2d(channels, width, kernel, stride, own, groups=groups)
+            self.add_module(name, layer)
+            channels = width
+        inputs, (width6, width7) = channels * preset.final_size**2, preset.fc_widths
+        self.fc6 = nn.Linear(inputs // preset.fc_groups[0], width6)
+        self.fc7 = nn.Linear(width6 // preset.fc_groups[1], width7)
+        self.fc8 = nn.Linear(width7, num_classes)
         self.reset_parameters()
         self.register_load_state_dict_pre_hook(_rename_torchvision_keys)
 
     def reset_parameters(self) -> None:
         """Draw the weights and set the biases as the preset says (paper section 5)."""
-        layers = [layer for layer in self.children() if isinstance(layer, nn.Conv2d | nn.Linear)]
-        if self.preset.weight_std is None:
-            for layer in layers:
+        preset = self.preset
+        layers: dict[str, Any] = dict(self.named_children())
+        if preset.weight_std is None:
+            for layer in layers.values():
                 layer.reset_parameters()
             return
-        for layer, std, bias in zip(layers, self.preset.weight_std, self.preset.bias, strict=True):
-            nn.init.normal_(layer.weight, std=std)
-            assert layer.bias is not None
-            nn.init.constant_(layer.bias, bias)
+        convolutions = (f"conv{number}" for number in range(1, len(preset.widths) + 1))
+        names = (*convolutions, "fc6", "fc7", "fc8")
+        for name, std, bias in zip(names, preset.weight_std, preset.bias, strict=True):
+            if name in layers:
+                nn.init.normal_(layers[name].weight, std=std)
+                nn.init.constant_(layers[name].bias, bias)
 
     def forward(self, input: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
         """Class scores.
@@ -96,55 +110,46 @@ class AlexNet(nn.Module):
         Raises:
             ValueError: ``input`` or ``dropout_seeds`` has another shape.
         """
-        preset = self.preset
-        _check_shapes(preset, input, dropout_seeds)
-        if preset.relu_after_pool1:
-            x = self._convolve(self.conv1, input, preset.conv1_padding, activation="none")
-            x = self._pool(self._normalise(x)).relu()
-        else:
-            x = self._convolve_normalise_pool(self.conv1, input, preset.conv1_padding)
-        if preset.spatial_norm:
-            x = self._normalise(self._convolve(self.conv2, x, 2))
-            x = self._pool(spatial_response_norm(x))
-        else:
-            x = self._convolve_normalise_pool(self.conv2, x, 2)
-        x = self._convolve(self.conv3, x, 1)
-        x = self._convolve(self.conv4, x, 1)
-        x = self._pool(self._convolve(self.conv5, x, 1))
+        _check_shapes(self.preset, input, dropout_seeds)
+        x = input
+        for layer in self._convolutions:
+            x = self._convolve(layer, x)
         x = x.flatten(1)
-        for index, layer in enumerate((self.fc6, self.fc7)):
-            x = self._connect(layer, x, None if dropout_seeds is None else dropout_seeds[index])
+        for index, fc in enumerate((self.fc6, self.fc7)):
+            seed = None if dropout_seeds is None else dropout_seeds[index]
+            x = self._connect(fc, self.preset.fc_groups[index], x, seed)
         logits: Tensor = self.fc8(x)
         return logits
 
-    def _convolve(
-        self,
-        layer: nn.Conv2d,
-        x: Tensor,
-        padding: int | tuple[int, int, int, int],
-        activation: str = "relu",
-    ) -> Tensor:
-        return ops.conv2d_bias_relu(x, **_operands(layer, x, padding), activation=activation)
-
-    def _convolve_normalise_pool(
-        self, layer: nn.Conv2d, x: Tensor, padding: int | tuple[int, int, int, int]
-    ) -> Tensor:
-        norm = self.preset.response_norm
-        if norm is None:
-            return self._pool(self._convolve(layer, x, padding))
-        return ops.conv2d_bias_relu_lrn_max_pool2d(
-            x,
-            **_operands(layer, x, padding),
-            size=norm.size,
-            alpha=norm.alpha,
-            beta=norm.beta,
-            k=norm.k,
-            alpha_mode=norm.alpha_mode,
-            norm_groups=norm.groups,
-            kernel_size=3,
-            pool_stride=2,
-            ceil_mode=self.preset.ceil_mode,
-        )
+    def _convolve(self, layer: Convolution, x: Tensor) -> Tensor:
+        """A convolution with what follows it."""
+        preset, norm, steps = self.preset, self.preset.response_norm, layer.steps
+        operands = _operands(getattr(self, layer.name), x, layer.padding)
+        if norm is not None and steps == ("relu", "norm", "pool"):
+            return ops.conv2d_bias_relu_lrn_max_pool2d(
+                x,
+                **operands,
+                size=norm.size,
+                alpha=norm.alpha,
+                beta=norm.beta,
+                k=norm.k,
+                alpha_mode=norm.alpha_mode,
+                norm_groups=norm.groups,
+                kernel_size=preset.pool_kernel,
+                pool_stride=2,
+                ceil_mode=preset.ceil_mode,
+            )
+        relu_first = steps[:1] == ("relu",)
+        x = ops.conv2d_bias_relu(x, **operands, activation="relu" if relu_first else "none")
+        functions: dict[Step, Callable[[Tensor], Tensor]] = {
+            "relu": torch.relu,
+            "norm": self._normalise,
+            "spatial_norm": spatial_response_norm,
+            "pool": self._pool,
+        }
+        for step in steps[relu_first:]:
+            x = functions[step](x)
+        return x
 
     def _normalise(self, x: Tensor) -> Tensor:
         norm = self.preset.response_norm
@@ -155,19 +160,35 @@ class AlexNet(nn.Module):
         )
 
     def _pool(self, x: Tensor) -> Tensor:
-        """Overlapping max-pooling (paper section 3.4)."""
-        output = ops.max_pool2d(x, 3, 2, ceil_mode=self.preset.ceil_mode)
+        """Max-pooling, overlapping where the kernel is 3 (paper section 3.4)."""
+        preset = self.preset
+        output = ops.max_pool2d(x, preset.pool_kernel, 2, ceil_mode=preset.ceil_mode)
         assert isinstance(output, Tensor)  # a pair only if indices are asked for
         return output
 
-    def _connect(self, layer: nn.Linear, x: Tensor, seed: Tensor | None) -> Tensor:
+    def _connect(self, layer: nn.Linear, groups: int, x: Tensor, seed: Tensor | None) -> Tensor:
         """A hidden layer with its dropout (paper section 4.2)."""
         preset = self.preset
         p, mode = preset.dropout, preset.dropout_mode
         if preset.dropout_before:
             x, p = ops.dropout(x, p, self.training, mode=mode, seed=seed), 0.0
-        return ops.linear_bias_relu_dropout(
-            x, layer.weight, layer.bias, p, self.training, mode=mode, seed=seed
+        if groups > 1 and seed is None and self.training and p:
+            seed = draw_seed(x.device)  # one mask over all groups
+        connect = partial(
+            ops.linear_bias_relu_dropout, p=p, training=self.training, mode=mode, seed=seed
+        )
+        if groups == 1:
+            return connect(x, layer.weight, layer.bias)
+        units = layer.out_features // groups
+        columns = zip(
+            x.chunk(groups, 1), layer.weight.chunk(groups), layer.bias.chunk(groups), strict=True
+        )
+        return torch.cat(
+            [
+                connect(*operands, index_offset=column * units, row_stride=layer.out_features)
+                for column, operands in enumerate(columns)
+            ],
+            1,
         )
 
 
@@ -201,15 +222,6 @@ def spatial_response_norm(x: Tensor) -> Tensor:
     return x * (1 + 0.001 * mean_square) ** -0.75
 
 
-def _pool5_size(preset: Preset) -> int:
-    """Side of pool5's output. All presets' sizes are exact, so floor and ceil agree."""
-    padding = preset.conv1_padding[0] + preset.conv1_padding[1]
-    size = (preset.crop_size + padding - preset.conv1_kernel) // preset.conv1_stride + 1
-    for _ in range(3):
-        size = (size - 3) // 2 + 1
-    return size
-
-
 def _check_shapes(preset: Preset, input: Tensor, dropout_seeds: Tensor | None) -> None:
     shapes = _image_shapes(preset)
     if input.dim() != 4 or list(input.shape[1:]) not in shapes:
@@ -234,11 +246,20 @@ def _image_shapes(preset: Preset) -> list[list[int]]:
     return [[3, size, size], packed]
 
 
+def renamed(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """A state dict of this network, whether it has its names or torchvision's."""
+    ours = {
+        f"{prefix}{there}.{kind}": f"{prefix}{here}.{kind}"
+        for there, here in TORCHVISION_NAMES.items()
+        for kind in ("weight", "bias")
+    }
+    return {ours.get(name, name): tensor for name, tensor in state.items()}
+
+
 def _rename_torchvision_keys(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
-    """Let ``load_state_dict`` take torchvision's names as well."""
-    for theirs, ours in _TORCHVISION_NAMES.items():
-        for kind in ("weight", "bias"):
-            if f"{prefix}{theirs}.{kind}" in state_dict:
-                state_dict[f"{prefix}{ours}.{kind}"] = state_dict.pop(f"{prefix}{theirs}.{kind}")
+    """Let ``load_state_dict`` take torchvision's names as well; it wants the same dict changed."""
+    ours = renamed(state_dict, prefix)
+    state_dict.clear()
+    state_dict.update(ours)

@@ -10,11 +10,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from alexkern.files import replacing
 from alexkern.training.errors import TrainingError, UsageError
 from alexkern.training.options import CHOICES, Options, read_config, resolve
 
 if TYPE_CHECKING:
+    from alexkern.models import AlexNet
     from alexkern.training.loop import Trainer
     from alexkern.training.processes import Process
 
@@ -92,6 +92,8 @@ def run(parsed: argparse.Namespace) -> int:
         if resumed:
             trainer.load_state_dict(resumed[1])
             _say(process, _resumption(*resumed, options))
+        elif options.weights:
+            _load_weights(trainer.model, options)
         _say(process, _description(options, dataset, trainer.model, device))
         if parsed.evaluate:
             _evaluate(parsed, trainer, process)
@@ -118,6 +120,15 @@ def _given(parsed: argparse.Namespace) -> dict[str, Any]:
     from_file = read_config(Path(parsed.config)) if parsed.config else {}
     flags = {field.name: getattr(parsed, field.name, None) for field in fields(Options)}
     return from_file | {name: value for name, value in flags.items() if value is not None}
+
+
+def _load_weights(model: "AlexNet", options: Options) -> None:
+    from alexkern.models import load_weights
+
+    try:
+        load_weights(model, options.weights, new_head=options.new_head)
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        raise UsageError(f"--weights: {error}") from error
 
 
 def _set_switches(options: Options) -> None:
@@ -181,6 +192,8 @@ def _resumption(path: Path, state: dict[str, Any], options: Options) -> str:
 
 def _output_folder(parsed: argparse.Namespace, options: Options, resumed: Path | None) -> Path:
     """Make the run's folder: --output, or the resumed checkpoint's, or a new one in runs/."""
+    from alexkern.files import replacing  # which needs torch
+
     if parsed.output is not None:
         output = Path(parsed.output)
     elif resumed:
@@ -289,7 +302,14 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         "--preset", help="network (default: mini for digits and cifar10, otherwise paper)"
     )
     group.add_argument(
-        "--weights", metavar="FILE", help="start from these, with a new last layer if need be"
+        "--weights",
+        metavar="FILE",
+        help="start from these (.safetensors, a checkpoint, or torchvision's)",
+    )
+    group.add_argument(
+        "--new-head",
+        action=argparse.BooleanOptionalAction,
+        help="but not fc8: for other classes than theirs (default: no)",
     )
     group.add_argument(
         "--output",

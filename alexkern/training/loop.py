@@ -24,6 +24,7 @@ from alexkern.data import (
     to_device,
     training_batches,
 )
+from alexkern.files import save_torch
 from alexkern.models import AlexNet, get_preset
 from alexkern.optim import KrizhevskySGD, weights_and_biases
 from alexkern.predictions import Predictions
@@ -363,7 +364,7 @@ class Trainer:
     def _save(self, folder: Path, name: str | None = None) -> None:
         path = folder / name if name else checkpoint.path_at(folder, self.step)
         with self._timed("saving"):
-            checkpoint.save(path, self.state_dict())
+            save_torch(self.state_dict(), path)
             checkpoint.tidy(folder)
 
     def _write(self, outlet: Outlet, measured: Measured, evaluation: Evaluation | None) -> None:

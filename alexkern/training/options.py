@@ -29,6 +29,7 @@ class Options:
         data: A built-in set's name or a folder.
         preset: The network.
         weights: File of weights to start from; empty for a fresh initialisation.
+        new_head: fc8 is initialised all the same, for classes of one's own.
         kernels: ``auto``, ``triton``, ``torch``, or ``compile`` (torch under torch.compile).
         epochs: Length of the learning rate schedule, and of the run.
         batch_size: Images per step.
@@ -58,6 +59,7 @@ class Options:
     data: str
     preset: str
     weights: str
+    new_head: bool
     kernels: str
     epochs: int
     batch_size: int
@@ -145,6 +147,7 @@ def resolve(given: Mapping[str, Any], saved: Mapping[str, Any]) -> Options:
         raise UsageError(str(error)) from error
     defaults = {
         "weights": "",
+        "new_head": False,
         "kernels": os.environ.get("ALEXKERN_KERNELS", "auto"),
         "epochs": preset.epochs,
         "batch_size": preset.batch_size,

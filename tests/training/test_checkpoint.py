@@ -5,6 +5,7 @@ import pytest
 import torch
 from runs import assert_same, small_trainer
 
+from alexkern.files import save_torch
 from alexkern.training import checkpoint
 from alexkern.training.errors import UsageError
 
@@ -16,7 +17,7 @@ def state():
 
 def test_what_is_saved_comes_back(tmp_path, state):
     path = checkpoint.path_at(tmp_path, 3)
-    checkpoint.save(path, state)
+    save_torch(state, path)
     assert_same(checkpoint.load(path), state)
     assert_same(torch.load(path, weights_only=True), state)  # as any file of torch's
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-00000003.pt"]
@@ -24,7 +25,7 @@ def test_what_is_saved_comes_back(tmp_path, state):
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, state):
     path = checkpoint.path_at(tmp_path, 3)
-    checkpoint.save(path, state)
+    save_torch(state, path)
     before = path.read_bytes()
 
     def fail(state, file):
@@ -33,7 +34,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, state):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match=r"No space.*checkpoint-00000003\.pt"):
-        checkpoint.save(path, state)
+        save_torch(state, path)
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -42,14 +43,14 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, state):
 def test_unusable_checkpoints_are_one_line(tmp_path, state, content):
     path = checkpoint.path_at(tmp_path, 3)
     if content == "half":
-        checkpoint.save(path, state)
+        save_torch(state, path)
         path.write_bytes(path.read_bytes()[:1000])
     elif content == "foreign":
-        checkpoint.save(path, {"state_dict": {}})
+        save_torch({"state_dict": {}}, path)
     elif content == "code":
-        checkpoint.save(path, {"options": Path("/")})
+        save_torch({"options": Path("/")}, path)
     elif content == "format":
-        checkpoint.save(path, {**state, "format": 2})
+        save_torch({**state, "format": 2}, path)
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UsageError, match=r"checkpoint-00000003\.pt") as error:
@@ -59,7 +60,7 @@ def test_unusable_checkpoints_are_one_line(tmp_path, state, content):
 
 def test_any_flipped_bit_is_refused(tmp_path, state):
     path = checkpoint.path_at(tmp_path, 3)
-    checkpoint.save(path, {**state, "model": {"weight": torch.randn(100, 100)}, "optimizer": {}})
+    save_torch({**state, "model": {"weight": torch.randn(100, 100)}, "optimizer": {}}, path)
     content = path.read_bytes()
     places = random.Random(0)
     ends = [0, 1, len(content) - 1, len(content) - 70, len(content) - 80]
@@ -73,7 +74,7 @@ def test_any_flipped_bit_is_refused(tmp_path, state):
 
 def test_the_newest_whole_one_is_found(tmp_path, state):
     for step in (9, 10, 100):
-        checkpoint.save(checkpoint.path_at(tmp_path, step), {**state, "step": step})
+        save_torch({**state, "step": step}, checkpoint.path_at(tmp_path, step))
     newest = checkpoint.path_at(tmp_path, 100)
     said: list[str] = []
     path, found = checkpoint.load_newest(tmp_path, said.append)
