@@ -1,13 +1,14 @@
 """The paper's whole network, training step and inference, on a ladder of ways to run it.
 
-Every rung starts from the same weights. PyTorch's rungs are an ``nn.Sequential`` of its own
-modules. The ladder is climbed twice: once without response normalisation, so that nobody can say
-the difference is only PyTorch's slow LRN.
+Every rung starts from the same weights and from stored uint8 crops on the device, and ends with
+new weights, or with logits. PyTorch's rungs are an ``nn.Sequential`` of its own modules; this
+library's training rungs are the step of ``train_alexnet.py``. The ladder is climbed twice: once
+without response normalisation, so that nobody can say the difference is only PyTorch's slow LRN.
 """
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexkern import use_backend
+from alexkern.data import Batch
 from alexkern.models import AlexNet, get_preset
 from alexkern.optim import KrizhevskySGD
 from alexkern.runtime.timing import Call
 from alexkern.runtime.vendor import without_cudnn
+from alexkern.training.forward import Forward
+from alexkern.training.step import Step
 from bench.lab import Lab, Variant
 from bench.machine import precision
 from bench.work import fan_in
@@ -76,68 +79,97 @@ INFERENCE = {
 }
 
 
-def plain(model: AlexNet) -> nn.Sequential:
-    """The network of PyTorch's own modules, around the same layers."""
-    preset, norm = model.preset, model.preset.response_norm
+class Plain(nn.Module):
+    """From stored crops to logits by PyTorch's own modules, around the layers of ``model``.
 
-    def tail(normalised: bool) -> list[nn.Module]:
-        pool = nn.MaxPool2d(3, 2)
-        if norm is None or not normalised:
-            return [nn.ReLU(), pool]
-        # PyTorch divides alpha by size, the paper does not
-        alpha = norm.alpha * norm.size if norm.alpha_mode == "sum" else norm.alpha
-        return [nn.ReLU(), nn.LocalResponseNorm(norm.size, alpha, norm.beta, norm.k), pool]
+    Args:
+        model: Of one of the plain orders: convolution, ReLU, normalisation, pooling.
+        mean: As for :class:`alexkern.training.forward.Forward`.
+        channels_last: The format of the images that reach the network.
+    """
 
-    return nn.Sequential(
-        *(nn.ZeroPad2d(preset.conv1_padding), model.conv1, *tail(True)),
-        *(model.conv2, *tail(True)),
-        *(model.conv3, nn.ReLU()),
-        *(model.conv4, nn.ReLU()),
-        *(model.conv5, *tail(False)),
-        nn.Flatten(),
-        *(model.fc6, nn.ReLU(), nn.Dropout(preset.dropout)),
-        *(model.fc7, nn.ReLU(), nn.Dropout(preset.dropout)),
-        model.fc8,
-    )
+    def __init__(self, model: AlexNet, mean: Tensor, channels_last: bool) -> None:
+        super().__init__()
+        preset, norm = model.preset, model.preset.response_norm
+        corner = (preset.stored_size - preset.crop_size) // 2
+        centre = slice(corner, corner + preset.crop_size)
+        self._mean = mean[centre, centre].permute(2, 0, 1)
+        self._std, self._channels_last = preset.input_std, channels_last
+
+        def tail(normalised: bool) -> list[nn.Module]:
+            pool = nn.MaxPool2d(3, 2)
+            if norm is None or not normalised:
+                return [nn.ReLU(), pool]
+            # PyTorch divides alpha by size, the paper does not
+            alpha = norm.alpha * norm.size if norm.alpha_mode == "sum" else norm.alpha
+            return [nn.ReLU(), nn.LocalResponseNorm(norm.size, alpha, norm.beta, norm.k), pool]
+
+        self.layers = nn.Sequential(
+            *(nn.ZeroPad2d(preset.conv1_padding), model.conv1, *tail(True)),
+            *(model.conv2, *tail(True)),
+            *(model.conv3, nn.ReLU()),
+            *(model.conv4, nn.ReLU()),
+            *(model.conv5, *tail(False)),
+            nn.Flatten(),
+            *(model.fc6, nn.ReLU(), nn.Dropout(preset.dropout)),
+            *(model.fc7, nn.ReLU(), nn.Dropout(preset.dropout)),
+            model.fc8,
+        )
+
+    def forward(self, images: Tensor, flips: Tensor, shift: Tensor) -> Tensor:
+        """Logits of uint8 crops [B, size, size, 3], mirrored and shifted as in ``ops.augment``."""
+        pixels = images.permute(0, 3, 1, 2)  # which is channels_last
+        pixels = torch.where(flips[:, None, None, None], pixels.flip(3), pixels)
+        pixels = (pixels - self._mean + shift[:, :, None, None]) / self._std
+        weight: Tensor = self.layers[1].weight  # type: ignore[assignment]
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        logits: Tensor = self.layers(pixels.to(weight.dtype, memory_format=layout))
+        return logits
 
 
 class Runner:
-    """A rung's network, optimizer and context, on given images."""
+    """A rung's network and optimizer, on a batch of stored crops."""
 
-    def __init__(self, rung: Rung, model: AlexNet, images: Tensor, labels: Tensor) -> None:
-        self._rung, self._gpu = rung, images.is_cuda
+    def __init__(self, rung: Rung, model: AlexNet, mean: Tensor, batch: Batch) -> None:
+        self._rung, self._batch, self._gpu = rung, batch, mean.is_cuda
         model = deepcopy(model)
         layout = torch.channels_last if rung.channels_last else torch.contiguous_format
-        self._images, self._labels = images.to(memory_format=layout), labels
-        self._network: nn.Module = plain(model) if rung.backend is None else model
-        self._network.to(images.device, memory_format=layout)  # type: ignore[call-overload]
+        model.to(mean.device, memory_format=layout)  # type: ignore[call-overload]
         if rung.precision == "bf16" and self._gpu:  # a CPU lacks some of PyTorch's ops in bf16
-            self._network.bfloat16()
-            self._images = self._images.bfloat16()
+            model.bfloat16()
+        ours = rung.backend is not None
+        self._network = model if ours else Plain(model, mean, rung.channels_last)
         if rung.compile:
             mode = {"mode": rung.compile} if self._gpu else {"backend": "aot_eager"}
             self._network.compile(dynamic=False, **mode)
-        rule: Any = KrizhevskySGD
-        if rung.backend is None:
-            rule = partial(torch.optim.SGD, fused=rung.fused and self._gpu)
-        parameters = list(self._network.parameters())
-        self._optimizer = rule(parameters, lr=_LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
+        amp = "bf16" if rung.precision == "amp" and self._gpu else "off"
+        self._forward = Forward(model, mean, rung.backend or "torch", amp)
+        sgd: Any = partial(torch.optim.SGD, fused=rung.fused and self._gpu)
+        self._optimizer = (KrizhevskySGD if ours else sgd)(
+            list(self._network.parameters()), lr=_LEARNING_RATE, momentum=0.9, weight_decay=5e-4
+        )
+        # what train_alexnet.py captures, with its measurements and its check for NaN
+        scaler = torch.amp.GradScaler(enabled=False)
+        self._step = Step(self._forward, self._optimizer, scaler, 1.0, mean.device, capture=False)
+        self._seeds = torch.tensor([1, 2], device=mean.device)
+        self._corners = torch.zeros(len(batch.labels), 2, dtype=torch.int64, device=mean.device)
 
     def step(self) -> Tensor:
         """One step of training."""
-        self._optimizer.zero_grad()
         with self._precision():
+            if self._rung.backend:
+                return self._step.compute(self._batch, self._seeds).loss
+            self._optimizer.zero_grad()
             loss = self._loss()
             loss.backward()
-        self._optimizer.step()
+            self._optimizer.step()
         return loss.detach()
 
     @torch.no_grad()
     def infer(self) -> Tensor:
         """The logits, without dropout."""
-        with self._precision(), self._context():
-            logits: Tensor = self._network(self._images)
-        return logits
+        with self._precision():
+            return self._logits()
 
     def current_gradients(self) -> list[Tensor]:
         """What the last step left."""
@@ -159,25 +191,24 @@ class Runner:
         self._network.train(mode)
 
     def _loss(self) -> Tensor:
-        with self._context():
-            logits = self._network(self._images)
-        return F.cross_entropy(logits.to(self._loss_dtype), self._labels)
+        logits = self._logits()
+        exact = logits.dtype == torch.float64
+        return F.cross_entropy(logits if exact else logits.float(), self._batch.labels)
 
-    @property
-    def _loss_dtype(self) -> torch.dtype:
-        return torch.float64 if self._images.dtype == torch.float64 else torch.float32
+    def _logits(self) -> Tensor:
+        images, flips, shift, _ = self._batch
+        if self._rung.backend:
+            return self._forward(images, self._corners, flips, shift)
+        # a weight is used once, so no cast is worth keeping
+        amp = torch.autocast(
+            "cuda", torch.bfloat16, self._gpu and self._rung.precision == "amp", cache_enabled=False
+        )
+        with amp:
+            logits: Tensor = self._network(images, flips, shift)
+        return logits
 
     def _precision(self) -> AbstractContextManager[None]:
         return precision("tf32" if self._rung.precision == "tf32" else "ieee")
-
-    def _context(self) -> AbstractContextManager[Any]:
-        """The backend, and autocast; a weight is used once, so no cast is worth keeping."""
-        stack = ExitStack()
-        if self._rung.backend:
-            stack.enter_context(use_backend(self._rung.backend))
-        if self._rung.precision == "amp" and self._gpu:
-            stack.enter_context(torch.autocast("cuda", torch.bfloat16, cache_enabled=False))
-        return stack
 
 
 class Ladder:
@@ -199,14 +230,20 @@ class Ladder:
             changes |= {"weight_std": tuple(math.sqrt(2 / n) for n in fan_in()), "bias": (0,) * 8}
         self._model = AlexNet(replace(preset, **changes))
         self._model.to(lab.device)
-        size = preset.crop_size
+        size, stored = preset.crop_size, preset.stored_size
+        self._mean = 128 + 10 * torch.randn(stored, stored, 3, device=lab.device)
         # centred pixels have grey levels of about this spread
-        self._images = 60 * torch.randn(batch, 3, size, size, device=lab.device)
-        self._labels = torch.randint(1000, (batch,), device=lab.device)
+        pixels = 128 + 60 * torch.randn(batch, size, size, 3, device=lab.device)
+        self._batch = Batch(
+            pixels.clamp(0, 255).byte(),
+            torch.rand(batch, device=lab.device) < 0.5,
+            12 * torch.randn(batch, 3, device=lab.device),
+            torch.randint(1000, (batch,), device=lab.device),
+        )
         self._training = training
-        own = self._results(Runner(Rung(), self._model, self._images, self._labels))
+        own = self._results(Runner(Rung(), self._model, self._mean, self._batch))
         double = deepcopy(self._model).double()
-        exact = Runner(Rung(precision="fp64"), double, self._images.double(), self._labels)
+        exact = Runner(Rung(precision="fp64"), double, self._mean.double(), self._batch)
         with without_cudnn():
             self._truths = [truth.double() for truth in self._results(exact)]
         self._own_errors = [
@@ -222,7 +259,7 @@ class Ladder:
         runners: list[Runner] = []
 
         def build() -> list[Call]:
-            runners.append(Runner(rung, self._model, self._images, self._labels))
+            runners.append(Runner(rung, self._model, self._mean, self._batch))
             runners[0].train(self._training)
             return [runners[0].step if self._training else runners[0].infer]
 

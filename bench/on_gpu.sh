@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Everything that a borrowed GPU should tell, from a checkout, with no network and no installation:
 #
-#     bash bench/on_gpu.sh                # all slices, 27 minutes
+#     bash bench/on_gpu.sh                # all slices, 33 minutes
 #     bash bench/on_gpu.sh 2              # one slice, 9 minutes
 #     RESULTS=/tmp/out TABLES=/tmp/tables bash bench/on_gpu.sh 1
 #
 # 1: the test suite, what cuDNN does with the paper's convolutions, every way to compute them.
 # 2: the ops against PyTorch, and a first look at the paper's training step.
-# 3: training and inference against PyTorch, the memory-bound kernels' candidates, the rest.
+# 3: training against PyTorch, at batches of 128 and 1024, with and without normalisation.
+# 4: inference, the memory-bound kernels' candidates, the rest.
 #
 # The record (bench/results/<gpu>/<date>-<commit>.json) is written as each group of measurements
 # ends, and the table of who computes convolutions fastest (alexkern/tables, from where it ships)
@@ -51,18 +52,22 @@ slice_2() {
 }
 
 slice_3() {
-  step 90 bench/bench_training.py -k no_lrn "${timed[@]}"
-  step 220 bench/bench_training.py -k paper "${timed[@]}"
+  step 90 bench/bench_training.py -k 'no_lrn and not max_autotune' "${timed[@]}"
+  step 220 bench/bench_training.py -k paper-128 "${timed[@]}"
+  step 170 bench/bench_training.py -k paper-1024 "${timed[@]}"
+}
+
+slice_4() {
   step 60 bench/bench_inference.py "${timed[@]}"
   step 90 bench/bench_tune.py --tune "${timed[@]}"
   step 70 bench/bench_host.py bench/bench_data.py "${timed[@]}"
 }
 
-[ $# -gt 0 ] || set -- 1 2 3
+[ $# -gt 0 ] || set -- 1 2 3 4
 for slice in "$@"; do
   case $slice in
-    1 | 2 | 3) "slice_$slice" ;;
-    *) echo "no slice $slice: 1, 2 or 3" >&2; exit 2 ;;
+    1 | 2 | 3 | 4) "slice_$slice" ;;
+    *) echo "no slice $slice: 1 to 4" >&2; exit 2 ;;
   esac
 done
 printf '\n'

@@ -144,8 +144,8 @@ def network(batch: int, itemsize: int, *, training: bool, response_norm: bool) -
     Convolutions carry bias and ReLU, pooling carries the normalisation before it. Training adds
     the backward parts and the optimizer, whose gradients have the network's dtype.
     """
-    image = batch * prod(CONVOLUTIONS["conv1"].shape)
-    parts = [Work(0, image * (4 + itemsize))]  # float32 images into the network's dtype
+    _, height, width = CONVOLUTIONS["conv1"].shape
+    parts = [augmentation((height, width), batch, itemsize)]
     for direction in ("forward", "backward") if training else ("forward",):
         for name, layer in CONVOLUTIONS.items():
             normalised = response_norm and name.removeprefix("conv") in NORMALISED

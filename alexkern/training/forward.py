@@ -57,7 +57,7 @@ class Forward:
         Returns:
             float32 [B, classes].
         """
-        dtype = self._dtype or torch.float32
+        dtype = self._dtype or self._model.fc8.weight.dtype
         precision = torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
         with precision, self.kernels():
             std = self._std * divisor

@@ -107,9 +107,13 @@ def test_network_floor() -> None:
         parts = work.network(batch, 2, training=training, response_norm=True)
         return 1e3 * sum(part.floor_seconds(H200, "bf16") for part in parts)
 
-    assert milliseconds(128, training=False) == pytest.approx(0.31, abs=0.01)
-    assert milliseconds(128, training=True) == pytest.approx(1.12, abs=0.01)
-    assert milliseconds(1024, training=True) == pytest.approx(6.76, abs=0.01)
+    def saved(batch: int) -> float:
+        """Of these figures, which are for images in float32: they are read as bytes."""
+        return 1e3 * work.Work(0, 3 * 224 * 224 * 3 * batch).floor_seconds(H200, "bf16")
+
+    assert milliseconds(128, training=False) == pytest.approx(0.31 - saved(128), abs=0.01)
+    assert milliseconds(128, training=True) == pytest.approx(1.12 - saved(128), abs=0.01)
+    assert milliseconds(1024, training=True) == pytest.approx(6.76 - saved(1024), abs=0.01)
 
 
 def test_normalisation_costs_no_forward_pass_of_its_own_when_fused() -> None:
