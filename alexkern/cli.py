@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_tune(commands.add_parser("tune", help="measure who computes convolutions fastest"))
     _add_plot(commands.add_parser("plot", help="draw the curves of training runs"))
     _add_average(commands.add_parser("average", help="average several networks' predictions"))
+    _add_export(commands.add_parser("export", help="write a run's weights for other programs"))
     options = parser.parse_args(arguments)
     from alexkern.runtime.dispatch import TableError
 
@@ -238,6 +239,32 @@ def _average(options: argparse.Namespace) -> int:
     for each in [*found, mean]:
         errors = f"{each.error(1):7.2%} {each.error(5):7.2%}"
         print(f"{each.name:{width}} {errors} {each.loss():7.4f}")
+    return 0
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_export)
+    parser.description = (
+        "Write the weights of a checkpoint as safetensors, or those of preset owt with the names "
+        "of torchvision's alexnet as .pth."
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="of a training run")
+    parser.add_argument("output", metavar="FILE", type=Path, help="*.safetensors or *.pth")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from alexkern.files import save_torch
+    from alexkern.models import alexnet, save_weights, torchvision_state_dict
+    from alexkern.training import checkpoint
+
+    state = checkpoint.load(options.checkpoint)
+    model = alexnet(state["options"]["preset"], len(state["class_names"]))
+    model.load_state_dict(state["model"])
+    if options.output.suffix == ".pth":
+        save_torch(torchvision_state_dict(model), options.output)
+    else:
+        save_weights(model, options.output)
+    print(f"wrote {options.output}: preset {model.preset.name}, {model.num_classes} classes")
     return 0
 
 
