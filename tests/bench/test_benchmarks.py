@@ -128,4 +128,4 @@ def test_a_gpu_script_knows_its_slices() -> None:
         ["bash", "bench/on_gpu.sh", "7"], capture_output=True, text=True, cwd=ROOT, env=_inherited()
     )
     assert run.returncode == 2
-    assert "no slice 7: 1, 2 or 3" in run.stderr
+    assert "no slice 7: 1 to 4" in run.stderr
