@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alexkern import ops, optim
 from alexkern.models import PRESETS, AlexNet, Preset
+from alexkern.training.cli import _parser
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 OP_PAGES = sorted((ROOT / "docs" / "ops").glob("*.md"))
+WITH_COMMANDS = (ROOT / "README.md", ROOT / "configs" / "README.md")
 NAMED = ("use", "numerics", "plot-and-average", "which-alexnet")
 WITH_EXAMPLES = [*OP_PAGES, *(ROOT / "docs" / f"{name}.md" for name in NAMED)]
 EXAMPLES = [
@@ -61,6 +64,20 @@ def test_links_and_names_lead_to_files(page: Path) -> None:
         operand: Any = __import__("alexkern")
         for part in name[1:].split("."):
             operand = getattr(operand, part)
+
+
+def commands(page: Path) -> list[str]:
+    """Arguments of train_alexnet.py, in the blocks that a reader copies."""
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    return re.findall(r"python train_alexnet\.py(.*)", text)
+
+
+@pytest.mark.parametrize("page", [*WITH_COMMANDS, *PAGES], ids=name_of)
+def test_commands_are_understood(page: Path) -> None:
+    for command in commands(page):
+        arguments = shlex.split(command.replace("$seed", "0"), comments=True)
+        parsed = _parser().parse_args(arguments)
+        assert parsed.config is None or (ROOT / parsed.config).is_file(), command
 
 
 def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:

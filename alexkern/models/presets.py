@@ -178,6 +178,13 @@ _KRIZHEVSKY2012 = replace(
 # for one thing. layers-148 leaves out every normalisation, the one over pixels included.
 _NO_LRN = replace(_KRIZHEVSKY2012, name="no_lrn", steps=_PAPER.steps, response_norm=None)
 
+# layers-167 leaves out both of layer 2's alone. Not in the paper.
+_NO_LRN2 = replace(
+    _KRIZHEVSKY2012,
+    name="no_lrn2",
+    steps=(_KRIZHEVSKY2012.steps[0], ("relu", "pool"), *_KRIZHEVSKY2012.steps[2:]),
+)
+
 # layers-147: windows of 2 pixels would make the maps larger, which less padding undoes:
 # 55, 28, 26, 13, 13, 13, 11, 6.
 _NO_OVERLAP = replace(_KRIZHEVSKY2012, name="no_overlap", pool_kernel=2, padding=(1, 1, 1, 0))
@@ -218,6 +225,27 @@ _EXCHANGE_ALL = replace(_KRIZHEVSKY2012, name="exchange_all", groups=(1,) * 5)
 # Half the kernels in conv1 to conv4, the same number in conv5 and full-size fc layers
 # (paper, footnote 2).
 _ONE_GPU = replace(_PAPER, name="one_gpu", widths=(48, 128, 192, 192, 256), groups=(1,) * 5)
+
+# The same with the 2012 source's details, as it was run (layers-145-half).
+_ONE_GPU_2012 = replace(
+    _KRIZHEVSKY2012,
+    name="one_gpu_2012",
+    widths=_ONE_GPU.widths,
+    groups=_ONE_GPU.groups,
+    response_norm=ResponseNorm(alpha_mode="mean"),
+)
+
+# The same author's next code, cuda-convnet2 (layers-223-1gpu): one column of other widths, without
+# the normalisation over pixels. Equal biases in fc8, as the -7 are, do not change probabilities.
+_CUDA_CONVNET2 = replace(
+    _KRIZHEVSKY2012,
+    name="cuda_convnet2",
+    widths=(64, 192, 384, 256, 256),
+    groups=(1,) * 5,
+    steps=(_KRIZHEVSKY2012.steps[0], ("relu", "norm", "pool"), *_KRIZHEVSKY2012.steps[2:]),
+    response_norm=ResponseNorm(alpha_mode="mean"),
+    bias=(0, 1, 0, 1, 1, 1, 1, -7),
+)
 
 # Caffe's bvlc_alexnet (train_val.prototxt and solver.prototxt): 227 pixels need no padding. Its
 # readme: the training loss stayed flat with biases of 1.
@@ -295,10 +323,10 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         preset.name: preset
         for preset in (
-            *(_PAPER, _KRIZHEVSKY2012, _ONE_GPU),
-            *(_NO_LRN, _NO_OVERLAP, _CONV6, _MINUS_CONV3, _MINUS_CONV4),
+            *(_PAPER, _KRIZHEVSKY2012, _ONE_GPU, _ONE_GPU_2012),
+            *(_NO_LRN, _NO_LRN2, _NO_OVERLAP, _CONV6, _MINUS_CONV3, _MINUS_CONV4),
             *(_NO_EXCHANGE, _EXCHANGE_CONV4, _EXCHANGE_ALL),
-            *(_CAFFE_ALEXNET, _CAFFENET, _OWT, _MINI),
+            *(_CUDA_CONVNET2, _CAFFE_ALEXNET, _CAFFENET, _OWT, _MINI),
         )
     }
 )

@@ -59,7 +59,7 @@ def load_weights(
     Args:
         model: The network.
         source: A ``.safetensors`` file; another file that ``torch.save`` wrote, such as
-            torchvision's weights or the ``checkpoint.pt`` of a run (read without running code); or
+            torchvision's weights or a checkpoint of a run (read without running code); or
             a state dict. The names are this network's or torchvision's.
         new_head: Leave fc8 as the model has it, to train it on classes of one's own. ``source``
             may have any number of classes then.

@@ -34,15 +34,22 @@ PAPER = [
     *(CONV1, (256, 1200, 27), (384, 2304, 13), (384, 1728, 13), (256, 1728, 13)),
     *(FC6, FC7, FC8),
 ]
+ONE_GPU = [
+    *((48, 363, 55), (128, 1200, 27), (192, 1152, 13), (192, 1728, 13), (256, 1728, 13)),
+    *(FC6, FC7, FC8),
+]
+ONE_COLUMN = [
+    *((64, 363, 55), (192, 1600, 27), (384, 1728, 13), (256, 3456, 13), (256, 2304, 13)),
+    *(FC6, FC7, FC8),
+]
 # Layer by layer as the sources have them, and where a total is published, that.
 LAYERS_OF = {
     "paper": PAPER,
     "krizhevsky2012": PAPER,
-    "one_gpu": [
-        *((48, 363, 55), (128, 1200, 27), (192, 1152, 13), (192, 1728, 13), (256, 1728, 13)),
-        *(FC6, FC7, FC8),
-    ],
+    "one_gpu": ONE_GPU,
+    "one_gpu_2012": ONE_GPU,
     "no_lrn": PAPER,
+    "no_lrn2": PAPER,
     "no_overlap": [
         *(CONV1, (256, 1200, 26), (384, 2304, 13), (384, 1728, 13), (256, 1728, 11)),
         *(FC6, FC7, FC8),
@@ -59,17 +66,16 @@ LAYERS_OF = {
         *(CONV1, (256, 2400, 27), (384, 2304, 13), (384, 3456, 13), (256, 3456, 13)),
         *(FC6, FC7, FC8),
     ],
+    "cuda_convnet2": ONE_COLUMN,
     "caffe_alexnet": PAPER,
     "caffenet": PAPER,
-    "owt": [
-        *((64, 363, 55), (192, 1600, 27), (384, 1728, 13), (256, 3456, 13), (256, 2304, 13)),
-        *(FC6, FC7, FC8),
-    ],
+    "owt": ONE_COLUMN,
 }
 PUBLISHED = {
     "paper": (60_965_224, 724_406_816),
     "krizhevsky2012": (60_965_224, 724_406_816),
     "one_gpu": (59_798_312, 391_514_384),
+    "one_gpu_2012": (59_798_312, 391_514_384),
     "exchange_all": (62_378_344, 1_135_256_096),
     "conv6": (60_965_224 + 590_080, 724_406_816 + 589_824 * 36),
     "caffe_alexnet": (60_965_224, 724_406_816),
@@ -219,7 +225,9 @@ BIASES = [0, 1, 0, 1, 1, 1, 1, 0]
 @pytest.mark.parametrize(
     ("preset", "stds", "biases"),
     [
+        ("one_gpu_2012", CODE_STDS, BIASES),
         ("no_lrn", CODE_STDS, BIASES),
+        ("no_lrn2", CODE_STDS, BIASES),
         ("no_overlap", CODE_STDS, BIASES),
         ("conv6", [*CODE_STDS[:5], 0.03, *CODE_STDS[5:]], [0, 1, 0, 1, 1, 1, 1, 1, 0]),
         ("minus_conv3", [0.01, 0.01, 0.03, 0.03, 0.01, 0.01, 0.01], [0, 1, 1, 1, 1, 1, 0]),
@@ -227,6 +235,7 @@ BIASES = [0, 1, 0, 1, 1, 1, 1, 0]
         ("no_exchange", CODE_STDS, BIASES),
         ("exchange_conv4", CODE_STDS, BIASES),
         ("exchange_all", CODE_STDS, BIASES),
+        ("cuda_convnet2", CODE_STDS, [*BIASES[:-1], -7]),
         ("caffe_alexnet", CAFFE_STDS, [0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0]),
         ("caffenet", CAFFE_STDS, BIASES),
     ],
@@ -283,7 +292,11 @@ PLAIN = {
     "krizhevsky2012": f"{CODE_TO_5}, {FC}",
     "one_gpu": "conv1 0303 1, relu, norm 5e-4 2 1, pool 3, conv2 2 1, relu, norm 5e-4 2 1, pool 3, "
     f"conv3 1 1, relu, conv4 1 1, relu, conv5 1 1, relu, pool 3, {FC}",
+    "one_gpu_2012": "conv1 0303 1, norm 1e-4 2 1, pool 3, relu, conv2 2 1, relu, norm 1e-4 2 1, "
+    f"spatial, pool 3, conv3 1 1, relu, conv4 1 1, relu, conv5 1 1, pool 3, relu, {FC}",
     "no_lrn": "conv1 0303 1, pool 3, relu, conv2 2 2, relu, pool 3, "
+    f"conv3 1 1, relu, conv4 1 2, relu, {CODE_5}, {FC}",
+    "no_lrn2": "conv1 0303 1, norm 1e-4 2 2, pool 3, relu, conv2 2 2, relu, pool 3, "
     f"conv3 1 1, relu, conv4 1 2, relu, {CODE_5}, {FC}",
     "no_overlap": "conv1 0303 1, norm 1e-4 2 2, pool 2, relu, conv2 1 2, relu, norm 1e-4 2 2, "
     "spatial, pool 2, conv3 1 1, relu, conv4 1 2, relu, conv5 0 2, pool 2, relu, "
@@ -296,6 +309,8 @@ PLAIN = {
     "exchange_conv4": f"{CODE_1_2}, conv3 1 2, relu, conv4 1 1, relu, {CODE_5}, {FC}",
     "exchange_all": "conv1 0303 1, norm 1e-4 2 2, pool 3, relu, conv2 2 1, relu, norm 1e-4 2 2, "
     f"spatial, pool 3, conv3 1 1, relu, conv4 1 1, relu, conv5 1 1, pool 3, relu, {FC}",
+    "cuda_convnet2": "conv1 0303 1, norm 1e-4 2 1, pool 3, relu, conv2 2 1, relu, norm 1e-4 2 1, "
+    f"pool 3, conv3 1 1, relu, conv4 1 1, relu, conv5 1 1, pool 3, relu, {FC}",
     "caffe_alexnet": "conv1 0 1, relu, norm 1e-4 1 1, pool 3, conv2 2 2, relu, norm 1e-4 1 1, "
     f"pool 3, conv3 1 1, relu, conv4 1 2, relu, conv5 1 2, relu, pool 3, {FC_INVERTED}",
     "caffenet": "conv1 0 1, relu, pool 3, norm 1e-4 1 1, conv2 2 2, relu, pool 3, norm 1e-4 1 1, "

@@ -1,20 +1,25 @@
 """configs/: the runs of the paper, of the 2012 source and of others, as their sources have them."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from alexkern.models import PRESETS
 from alexkern.training.options import Options, read_config, resolve
-from alexkern.training.schedule import Plateau, make_schedule
+from alexkern.training.schedule import Plateau, Schedule, make_schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
 
 # Rates of runs that fall exponentially, as the notes of run 170 write them out.
 QUARTERS = {23: 0.01, 24: 0.0015874011, 47: 0.0015874011, 48: 0.00025198421, 72: 0.00004}
+
+# Rates of biases: by hand they stay as they were; later dexp[base=0.02;tgtFactor=10;numSteps=2],
+# of 95 epochs.
+CONSTANT = {0: 0.02, 50: 0.02, 97: 0.02}
+HALVES = {0: 0.02, 47: 0.02, 48: 0.002, 94: 0.002}
 
 # 100,000 and 450,000 steps of 256 images.
 CAFFE_EPOCHS = [round(steps * 256 / 1_281_167) for steps in (100_000, 450_000)]
@@ -28,8 +33,7 @@ class Source(NamedTuple):
     epochs: int = 90
     preset: str = "krizhevsky2012"
     batch: int = 128
-    # biases', at the start and in the last epoch
-    bias_rates: tuple[float, float] = (0.02, 0.02)
+    bias_rates: dict[float, float] = CONSTANT
     weight_decay: float = 0.0005
     bias_decay: float = 0.0
     noise_epochs: int | None = None
@@ -53,10 +57,17 @@ def others(errors: tuple[float, float], period: int, epochs: int = 90, **given) 
     return Source(errors, rates, epochs, batch=256, chunk=1, noise="none", **given)
 
 
+def caffes(preset: str, *accuracies: float) -> Source:
+    """lr_mult: 2 of biases, under one schedule."""
+    bias_rates = {0: 0.02, 20: 0.002, 89: 2e-6}
+    errors = 1 - accuracies[0], 1 - accuracies[1]
+    return others(errors, *CAFFE_EPOCHS, preset=preset, bias_rates=bias_rates)
+
+
 SOURCES = {
     # Its rates are tested below.
     "paper": Source(
-        (0.407, 0.182), {}, preset="paper", bias_rates=(0.01, 0.01), bias_decay=5e-4, chunk=1
+        (0.407, 0.182), {}, preset="paper", bias_rates={0: 0.01}, bias_decay=5e-4, chunk=1
     ),
     # Epochs from the logs in layers/layer-params-N.cfg: the drops, colour noise off, conv1 off,
     # the end.
@@ -67,7 +78,7 @@ SOURCES = {
         (0.374727, 0.169987), by_hand(23, 51, 78), 93, noise_epochs=68, conv1_epochs=72
     ),
     "krizhevsky2012-145-half": Source(
-        (0.391680, 0.182287), by_hand(20, 48), 96, "one_gpu", noise_epochs=66, conv1_epochs=72
+        (0.391680, 0.182287), by_hand(20, 48), 96, "one_gpu_2012", noise_epochs=66, conv1_epochs=72
     ),
     "krizhevsky2012-147-no-overlap": Source(
         (0.410580, 0.185100), by_hand(23, 51, 79), 90, "no_overlap", conv1_epochs=79
@@ -88,23 +99,25 @@ SOURCES = {
         (0.404880, 0.181180),
         {0: 0.01, 23: 0.01, 24: 1e-3, 48: 1e-4, 71: 1e-4, 72: 1e-5, 94: 1e-5},
         95,
+        "no_lrn2",
+        bias_rates=HALVES,
         noise_epochs=63,
         conv1_epochs=73,
     ),
     "krizhevsky2012-170": Source(
-        (0.405280, 0.180480), QUARTERS, 95, noise_epochs=68, conv1_epochs=74
+        (0.405280, 0.180480), QUARTERS, 95, bias_rates=HALVES, noise_epochs=68, conv1_epochs=74
     ),
     "krizhevsky2012-170-256-double": Source(
         (0.422726, 0.196598),
         {epoch: 2 * rate for epoch, rate in QUARTERS.items()},
         95,
         batch=256,
-        bias_rates=(0.04, 0.04),
+        bias_rates={epoch: 2 * rate for epoch, rate in HALVES.items()},
         noise_epochs=61,
         conv1_epochs=73,
     ),
     "krizhevsky2012-170-quant": Source(
-        (0.405240, 0.184160), QUARTERS, 95, noise_epochs=68, conv1_epochs=74
+        (0.405240, 0.184160), QUARTERS, 95, bias_rates=HALVES, noise_epochs=68, conv1_epochs=74
     ),
     "krizhevsky2012-141-2009-half": Source(
         (0.674, 0.409), by_hand(6, 13, 25), 28, "conv6", noise_epochs=18, conv1_epochs=21
@@ -126,23 +139,22 @@ SOURCES = {
         noise_epochs=38,
         conv1_epochs=7,
     ),
-    # --epochs 90 --mini 128 --color-noise 0.1; dexp[base=0.01;tgtFactor=250;numSteps=4]
+    # --epochs 90 --mini 128 --color-noise 0.1; dexp[base=0.01;tgtFactor=250;numSteps=4], biases'
+    # dexp[base=0.02;tgtFactor=10;numSteps=2]
     "cuda-convnet2-1gpu": Source(
         (0.404200, 0.181500),
         {22: 0.01, 23: 0.0015874011, 44: 0.0015874011, 45: 0.00025198421, 68: 0.00004},
+        preset="cuda_convnet2",
+        bias_rates={0: 0.02, 44: 0.02, 45: 0.002, 89: 0.002},
         chunk=1,
     ),
-    "caffe-alexnet": others(
-        (1 - 0.571, 1 - 0.802), *CAFFE_EPOCHS, preset="caffe_alexnet", bias_rates=(0.02, 2e-6)
-    ),
-    "caffenet": others(
-        (1 - 0.574, 1 - 0.804), *CAFFE_EPOCHS, preset="caffenet", bias_rates=(0.02, 2e-6)
-    ),
+    "caffe-alexnet": caffes("caffe_alexnet", 0.571, 0.802),
+    "caffenet": caffes("caffenet", 0.574, 0.804),
     "torchvision-alexnet": others(
         (1 - 0.56522, 1 - 0.79066),
         30,
         preset="owt",
-        bias_rates=(0.01, 1e-4),
+        bias_rates={0: 0.01, 30: 1e-3, 89: 1e-4},
         weight_decay=1e-4,
         bias_decay=1e-4,
     ),
@@ -151,6 +163,14 @@ SOURCES = {
 
 def options_of(file: Path) -> Options:
     return resolve({"data": "synthetic", **read_config(file)}, {})
+
+
+def schedules(options: Options) -> tuple[Schedule, Schedule]:
+    """Of weights and of biases."""
+    schedule = make_schedule(options.schedule, options.epochs)
+    if options.bias_schedule == "same":
+        return schedule, schedule
+    return schedule, make_schedule(options.bias_schedule, options.epochs)
 
 
 def target_of(options: Options) -> tuple[str, ...]:
@@ -162,14 +182,11 @@ def target_of(options: Options) -> tuple[str, ...]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_file_is_the_run_of_its_source(file: Path) -> None:
     options, source = options_of(file), SOURCES[file.stem]
-    schedule = make_schedule(options.schedule, options.epochs)
+    schedule, bias_schedule = schedules(options)
     rates = {epoch: options.lr * schedule.factor(epoch) for epoch in source.rates}
     assert rates == pytest.approx(source.rates, rel=1e-6)
-    falls = options.bias_schedule == "same"
-    bias_rates = [
-        options.lr * options.bias_lr_factor * (schedule.factor(epoch) if falls else 1)
-        for epoch in (0, options.epochs - 1)
-    ]
+    bias_lr = options.lr * options.bias_lr_factor
+    bias_rates = {epoch: bias_lr * bias_schedule.factor(epoch) for epoch in source.bias_rates}
     assert bias_rates == pytest.approx(source.bias_rates)
     assert (options.preset, options.epochs) == (source.preset, source.epochs)
     assert options.batch_size == source.batch
@@ -196,17 +213,16 @@ def test_every_source_has_a_file() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_file_is_short_and_leaves_the_machine_out(file: Path) -> None:
     given = read_config(file)
-    assert given["preset"] in PRESETS
     assert not given.keys() & {"data", "kernels", "workers", "deterministic", "cuda_graph", "seed"}
-    preset = PRESETS[given["preset"]]
-    defaults = {
-        "epochs": preset.epochs,
-        "batch_size": preset.batch_size,
-        "lr": preset.learning_rate,
-        "dropout_mode": preset.dropout_mode,
-    }
+    defaults = asdict(resolve({"data": "synthetic", "preset": given.pop("preset")}, {}))
     assert not given.items() & defaults.items()
     assert file.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_weights_of_other_classes_get_a_new_head(file: Path) -> None:
+    options = options_of(file)
+    assert bool(options.weights) == options.new_head == ("-146-2012-" in file.stem)
 
 
 def test_the_papers_heuristic_divides_three_times() -> None:
