@@ -1,10 +1,13 @@
 """The one type of all data sets, and where each comes from."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from alexkern.data.colours import Colours, channel_products, covariance, principal_colours
 
 BUILT_IN = ("digits", "cifar10", "synthetic")
 
@@ -23,8 +26,8 @@ class Images(Protocol):
     def __len__(self) -> int:
         """Number of images."""
 
-    def __getitem__(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The images of ``indices`` [B] as uint8 RGB [B, size, size, 3]."""
+    def __getitem__(self, index: Any) -> NDArray[np.uint8]:
+        """The image of ``index`` as uint8 RGB [size, size, 3]."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Dataset:
         train, val: The splits.
         flip: Whether a mirrored image shows the same class.
         mean: Mean of the training images (of at most ``MEAN_SAMPLE`` of them, evenly spaced) in
-            grey levels, float32 [size, size, 3].
+            grey levels, float32 [size, size, 3]. A store's is over all of them.
+        colours: Principal components of the same images' colours.
     """
 
     name: str
@@ -59,21 +63,22 @@ class Dataset:
     val: Split
     flip: bool
     mean: NDArray[np.float32]
+    colours: Colours
 
 
 def load_dataset(data: str, size: int, seed: int = 0) -> Dataset:
     """Open a data set.
 
     Args:
-        data: ``"digits"``, ``"cifar10"``, ``"synthetic"``, or a folder with ``train/`` and
-            ``val/``, each with one folder of images per class.
+        data: ``"digits"``, ``"cifar10"``, ``"synthetic"``, a store that ``alexkern prepare`` made,
+            or a folder with ``train/`` and ``val/``, each with one folder of images per class.
         size: Side in pixels at which images are handed out.
         seed: Of the synthetic images.
 
     Raises:
         DataError: Something is missing or wrong; one line that names the fix.
     """
-    from alexkern.data import built_in, folder
+    from alexkern.data import built_in, folder, store
 
     if data == "digits":
         class_names, train, val = built_in.digits(size)
@@ -81,16 +86,44 @@ def load_dataset(data: str, size: int, seed: int = 0) -> Dataset:
         class_names, train, val = built_in.cifar10(size)
     elif data == "synthetic":
         class_names, train, val = built_in.synthetic(size, seed)
+    elif store.is_store(Path(data)):
+        return _in_batches(store.open_store(Path(data), size))
     else:
         class_names, train, val = folder.image_folder(data, size)
-    mean = _mean_image(train.images)
+        train, val = (Split(_Batched(split.images), split.labels) for split in (train, val))
+    mean, colours = _statistics(train.images)
     # A mirrored digit is none.
-    return Dataset(data, class_names, train, val, flip=data != "digits", mean=mean)
+    return Dataset(data, class_names, train, val, data != "digits", mean, colours)
 
 
-def _mean_image(images: Images) -> NDArray[np.float32]:
+def _statistics(images: Images) -> tuple[NDArray[np.float32], Colours]:
     sample = np.linspace(0, len(images) - 1, min(len(images), MEAN_SAMPLE)).astype(np.int64)
-    chunks = np.array_split(sample, -(-len(sample) // 64))
-    total = np.sum([images[chunk].sum(0, dtype=np.int64) for chunk in chunks], 0)
-    mean: NDArray[np.float32] = (total / len(sample)).astype(np.float32)
-    return mean
+    sums: NDArray[np.int64] = np.zeros((), np.int64)
+    products = np.zeros((3, 3), np.int64)
+    for chunk in np.array_split(sample, -(-len(sample) // 64)):
+        batch = images[chunk]
+        sums = sums + batch.sum(0, dtype=np.int64)
+        products += sum(map(channel_products, batch), np.zeros((3, 3), np.int64))
+    mean = (sums / len(sample)).astype(np.float32)
+    pixels = len(sample) * sums[..., 0].size
+    return mean, principal_colours(covariance(pixels, sums.sum((0, 1)), products))
+
+
+class _Batched:
+    """Until batches take images one by one."""
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.stack([self._images[int(index)] for index in indices])
+
+
+def _in_batches(dataset: Dataset) -> Dataset:
+    train, val = (
+        Split(_Batched(split.images), split.labels) for split in (dataset.train, dataset.val)
+    )
+    return replace(dataset, train=train, val=val)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from alexkern.data import Dataset, Split
+from alexkern.data.colours import principal_colours
 from alexkern.training import checkpoint
 from alexkern.training.cli import INTERPRETED_STEPS, main
 from alexkern.training.errors import DivergedError, UsageError
@@ -32,7 +33,8 @@ def small_dataset(classes: int = 3) -> Dataset:
     images += (100 * np.eye(4, 3, dtype=np.uint8))[labels][:, None, None]
     names = tuple(f"class {label}" for label in range(classes))
     train, val = Split(images[:40], labels[:40]), Split(images[40:], labels[40:])
-    return Dataset("colours", names, train, val, True, images[:40].mean(0, dtype=np.float32))
+    mean, colours = images[:40].mean(0, dtype=np.float32), principal_colours(np.eye(3))
+    return Dataset("colours", names, train, val, True, mean, colours)
 
 
 def small_trainer(dataset: Dataset | None = None, **given) -> Trainer:
