@@ -1,33 +1,37 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that are written whole or not at all."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 
-def replace_file(path: Path, temporary: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place, and put it there once the disk has it.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``path`` when the block ends.
 
-    Args:
-        path: The file; one that is there is replaced.
-        temporary: Where to write, on the same file system; left behind only if the process dies.
-        write: Writes to the file that it is given.
+    If the block raises, ``path`` is as it was before; if the machine stops in it as well, and a
+    file ``<name>.<process>.tmp`` stays. Folders that are missing are made.
 
     Raises:
-        OSError: As from any writing; what was at ``path`` is untouched then.
+        OSError: It cannot be written; names ``path``.
     """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the new name last as well
-    finally:
-        os.close(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(unfinished, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the new name last as well
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

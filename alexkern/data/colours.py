@@ -1,9 +1,11 @@
-"""The principal components of the training pixels' colours (paper §4.1), from exact sums."""
+"""Principal components of colours, and the three readings of the paper's noise along them."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+COLOUR_NOISE = ("none", "stdev", "fbresnet", "literal")
 
 
 @dataclass(frozen=True)
@@ -18,51 +20,45 @@ class Colours:
     eigenvectors: NDArray[np.float32]
     deviations: NDArray[np.float32]
 
+    def noise(self, reading: str) -> NDArray[np.float64] | None:
+        """What three standard normal numbers are multiplied by (from the left) to be noise.
+
+        The paper (section 4.1) adds ``[p1, p2, p3] [a1 l1, a2 l2, a3 l3]^T`` with a of standard
+        deviation 0.1, and calls the l eigenvalues of the covariance. Readings:
+
+        - ``"stdev"``: l are their square roots, as in the 2012 code.
+        - ``"fbresnet"``: l are eigenvalues of pixels scaled to 0..1, the product scaled back to
+          0..255, as in fb.resnet.torch and most PyTorch code.
+        - ``"literal"``: l are the eigenvalues of pixels in 0..255: noise beyond all colours.
+        - ``"none"``: no noise.
+
+        Args:
+            reading: One of ``COLOUR_NOISE``.
+
+        Returns:
+            float64 [3, 3], in grey levels, or None for no noise.
+        """
+        deviations = self.deviations.astype(np.float64)
+        if reading == "none":
+            return None
+        strengths = {
+            "stdev": deviations,
+            "fbresnet": deviations**2 / 255,
+            "literal": deviations**2,
+        }[reading]
+        noise: NDArray[np.float64] = 0.1 * strengths[:, None] * self.eigenvectors.T
+        return noise
+
 
 def principal_colours(covariance: NDArray[np.float64]) -> Colours:
-    """The components of a covariance.
+    """The principal components of a covariance of RGB values.
 
-    The largest entry of each eigenvector, by magnitude, is positive: either sign is right, and
-    this makes equal covariances give equal components.
-
-    Args:
-        covariance: Of red, green and blue in grey levels, float64 [3, 3].
-    """
-    variances, vectors = np.linalg.eigh(covariance)  # ascending
-    variances, vectors = variances[::-1], vectors[:, ::-1]
-    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(3)])
-    deviations = np.sqrt(variances.clip(0))  # rounding leaves grey sets a little below 0
-    return Colours(vectors.astype(np.float32), deviations.astype(np.float32))
-
-
-def channel_products(image: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """For each pair of channels the exact sum of their product over all pixels, int64 [3, 3].
+    An eigenvector's sign is free: each has a positive component of largest magnitude.
 
     Args:
-        image: uint8 [height, width, 3].
+        covariance: Symmetric [3, 3], in squared grey levels.
     """
-    channels = np.ascontiguousarray(image.reshape(-1, 3).T).astype(np.uint16)
-    products = np.empty((3, 3), np.int64)
-    for row in range(3):
-        for column in range(row, 3):
-            product = channels[row] * channels[column]  # at most 255 * 255, which 16 bits hold
-            products[row, column] = products[column, row] = product.sum(dtype=np.int64)
-    return products
-
-
-def covariance(
-    pixels: int, sums: NDArray[np.int64], products: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """The covariance of red, green and blue, float64 [3, 3], each entry rounded once.
-
-    Args:
-        pixels: Number of pixels.
-        sums: Sum of each channel over them, int64 [3].
-        products: Sum of each pair's product over them, int64 [3, 3].
-    """
-    total = [int(value) for value in sums]  # Python's integers do not overflow
-    rows = [
-        [(pixels * int(products[a, b]) - total[a] * total[b]) / pixels**2 for b in range(3)]
-        for a in range(3)
-    ]
-    return np.array(rows)
+    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = values[::-1].clip(0), vectors[:, ::-1]
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0)
+    return Colours((vectors * np.sign(largest)).astype(np.float32), np.sqrt(values).astype("f4"))

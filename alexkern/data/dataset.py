@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from alexkern.data.colours import Colours, channel_products, covariance, principal_colours
+from alexkern.data.colours import Colours, principal_colours
 
 BUILT_IN = ("digits", "cifar10", "synthetic")
 
@@ -97,16 +97,18 @@ def load_dataset(data: str, size: int, seed: int = 0) -> Dataset:
 
 
 def _statistics(images: Images) -> tuple[NDArray[np.float32], Colours]:
-    sample = np.linspace(0, len(images) - 1, min(len(images), MEAN_SAMPLE)).astype(np.int64)
-    sums: NDArray[np.int64] = np.zeros((), np.int64)
-    products = np.zeros((3, 3), np.int64)
-    for chunk in np.array_split(sample, -(-len(sample) // 64)):
-        batch = images[chunk]
-        sums = sums + batch.sum(0, dtype=np.int64)
-        products += sum(map(channel_products, batch), np.zeros((3, 3), np.int64))
-    mean = (sums / len(sample)).astype(np.float32)
-    pixels = len(sample) * sums[..., 0].size
-    return mean, principal_colours(covariance(pixels, sums.sum((0, 1)), products))
+    """Mean image and colours, from sums that are exact."""
+    sample = np.linspace(0, len(images) - 1, min(len(images), MEAN_SAMPLE)).astype(int)
+    # of integers: exact below 2**53
+    total, products = np.zeros((1, 1, 3)), np.zeros((3, 3))
+    for index in sample:
+        image = images[index[None]][0].astype(np.float64)
+        pixels = image.reshape(-1, 3)
+        total, products = total + image, products + pixels.T @ pixels
+    mean = total / len(sample)
+    colour = mean.mean((0, 1))
+    covariance = products / (len(sample) * mean[..., 0].size) - np.outer(colour, colour)
+    return mean.astype(np.float32), principal_colours(covariance)
 
 
 class _Batched:

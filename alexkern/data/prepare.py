@@ -22,19 +22,19 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from alexkern.data.colours import channel_products, covariance, principal_colours
+from alexkern.data.colours import principal_colours
 from alexkern.data.dataset import DataError
 from alexkern.data.decode import ImageError, decode
 from alexkern.data.sources import Item, Source, list_source
 from alexkern.data.store import MANIFEST, UNFINISHED, VERSION, read_manifest, sealed
-from alexkern.files import replace_file
+from alexkern.files import replacing
 
 PART_IMAGES = 1024
 _PLAN = "plan.json"
@@ -140,12 +140,12 @@ def _prepare(source: Source, store: Path, plan: dict[str, Any], workers: int) ->
     unfinished = store / UNFINISHED
     unfinished.mkdir(parents=True, exist_ok=True)
     with _alone(store):
-        for stale in unfinished.glob("*.tmp"):
+        for stale in (*store.glob("*.tmp"), *unfinished.glob("*.tmp")):
             stale.unlink()
         if (unfinished / _PLAN).exists():
             _require_same(store, json.loads((unfinished / _PLAN).read_bytes()), plan)
         else:
-            _write(unfinished / _PLAN, unfinished, json.dumps(plan).encode())
+            _write(unfinished / _PLAN, json.dumps(plan).encode())
         parts = list(_parts(source, store, plan["size"]))
         missing = [part for part in parts if not part.is_done()]
         _require_space(store, missing)
@@ -250,14 +250,13 @@ def _write_part(part: _Part) -> int:
         else:
             labels.append(label)
     images = images[: len(labels)]
-    scratch = part.record.parent
-    record = {"images": len(images), **_write_array(part.file, scratch, images)}
+    record = {"images": len(images), **_write_array(part.file, images)}
     record |= {"labels": labels, "refused": refused}
     if part.has_sums:
-        _write_array(part.sums, scratch, images.sum(0, dtype=np.uint32))
-        products = sum(map(channel_products, images), np.zeros((3, 3), np.int64))
+        _write_array(part.sums, images.sum(0, dtype=np.uint32))
+        products = sum(map(_channel_products, images), np.zeros((3, 3), np.int64))
         record["products"] = products.tolist()
-    _write(part.record, scratch, json.dumps(record).encode())
+    _write(part.record, json.dumps(record).encode())
     return len(part.items)
 
 
@@ -265,7 +264,7 @@ def _finish(
     source: Source, store: Path, plan: dict[str, Any], parts: Sequence[_Part]
 ) -> dict[str, Any]:
     """Write what follows from the records, and the manifest last."""
-    scratch, size = store / UNFINISHED, plan["size"]
+    size = plan["size"]
     splits = {
         split: _finish_split(source, store, split, [part for part in parts if part.split == split])
         for split in source.splits
@@ -277,20 +276,20 @@ def _finish(
             pixel_sums += np.load(part.sums)
             products += json.loads(part.record.read_bytes())["products"]
     count = splits["train"]["images"]
-    colours = covariance(count * size**2, pixel_sums.sum((0, 1)), products)
-    components = principal_colours(colours)
+    covariance = _covariance(count * size**2, pixel_sums.sum((0, 1)), products)
+    components = principal_colours(covariance)
     mean = (pixel_sums / count).astype(np.float32)
     manifest = {
         **plan,
         "class_names": source.class_names,
         "splits": splits,
         "left_out": source.left_out,
-        "mean": _write_array(store / "mean.npy", scratch, mean),
-        "covariance": colours.tolist(),
+        "mean": _write_array(store / "mean.npy", mean),
+        "covariance": covariance.tolist(),
         "eigenvectors": components.eigenvectors.tolist(),
         "deviations": components.deviations.tolist(),
     }
-    _write(store / MANIFEST, scratch, sealed(manifest))
+    _write(store / MANIFEST, sealed(manifest))
     return manifest
 
 
@@ -312,31 +311,59 @@ def _finish_split(
     kept = ("file", "images", "bytes", "sha256")
     return {
         "images": len(labels),
-        "labels": _write_array(
-            store / f"{split}-labels.npy", store / UNFINISHED, np.array(labels, np.int64)
-        ),
+        "labels": _write_array(store / f"{split}-labels.npy", np.array(labels, np.int64)),
         "refused": refused,
         "parts": [{key: record[key] for key in kept} for record in records],
     }
 
 
-def _write_array(path: Path, scratch: Path, array: NDArray[Any]) -> dict[str, Any]:
+def _channel_products(image: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """For each pair of channels the exact sum of their product over all pixels, int64 [3, 3].
+
+    Args:
+        image: uint8 [height, width, 3].
+    """
+    channels = np.ascontiguousarray(image.reshape(-1, 3).T).astype(np.uint16)
+    products = np.empty((3, 3), np.int64)
+    for row in range(3):
+        for column in range(row, 3):
+            product = channels[row] * channels[column]  # at most 255 * 255, which 16 bits hold
+            products[row, column] = products[column, row] = product.sum(dtype=np.int64)
+    return products
+
+
+def _covariance(
+    pixels: int, sums: NDArray[np.int64], products: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The covariance of red, green and blue, float64 [3, 3], each entry rounded once.
+
+    Args:
+        pixels: Number of pixels.
+        sums: Sum of each channel over them, int64 [3].
+        products: Sum of each pair's product over them, int64 [3, 3].
+    """
+    total = [int(value) for value in sums]  # Python's integers do not overflow
+    rows = [
+        [(pixels * int(products[a, b]) - total[a] * total[b]) / pixels**2 for b in range(3)]
+        for a in range(3)
+    ]
+    return np.array(rows)
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
     """Write an .npy file; its entry in the manifest."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     # Not np.save: it loses the reason where a disk is full.
-    return _write(path, scratch, header.getvalue(), array.data)
+    return _write(path, header.getvalue(), array.data)
 
 
-def _write(path: Path, scratch: Path, *contents: bytes | memoryview) -> dict[str, Any]:
+def _write(path: Path, *contents: bytes | memoryview) -> dict[str, Any]:
     digest = hashlib.sha256()
-
-    def write(file: BinaryIO) -> None:
+    with replacing(path) as file:
         for content in contents:
             digest.update(content)
             file.write(content)
-
-    replace_file(path, scratch / f"{path.name}.{os.getpid()}.tmp", write)
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 

@@ -155,7 +155,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{file} has format {version}, and this alexkern knows {VERSION}: install a newer one"
         )
     if not whole:
-        raise DataError(f"{file} is damaged, or no manifest of alexkern prepare")
+        raise DataError(
+            f"{file} is damaged, or no manifest of alexkern prepare: prepare the images again"
+        )
     return manifest
 
 

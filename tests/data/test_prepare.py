@@ -16,7 +16,6 @@ import pytest
 from pictures import class_folders, contents, encoded, noise, png, smooth
 
 from alexkern import cli
-from alexkern import files as whole_files
 from alexkern.data import DataError
 from alexkern.data import prepare as preparation
 from alexkern.data.decode import decode
@@ -199,7 +198,8 @@ def test_folders_with_other_files_are_not_touched(source, store):
 def test_finished_parts_are_not_made_again(source, store, tmp_path):
     prepare(source, tmp_path / "undisturbed", SIZE)
     begun(source, store)
-    (store / "unfinished" / "train-00001.npy.1.tmp").write_bytes(b"half a par")
+    (store / "train-00001.npy.1.tmp").write_bytes(b"half a par")
+    (store / "unfinished" / "train-00001.json.1.tmp").write_bytes(b"{")
     (store / "train-00001.npy").write_bytes(b"of another time")
     first = (store / "train-00000.npy").stat()
     prepare(source, store, SIZE)
@@ -243,19 +243,6 @@ def test_a_place_where_there_can_be_no_folder(source, tmp_path):
     (tmp_path / "file").write_text("")
     assert "Not a directory" in complaint(source, tmp_path / "file" / "store", SIZE)
     assert "Not a directory" in complaint(source, tmp_path / "file", SIZE)
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    path, temporary = tmp_path / "file", tmp_path / "file.tmp"
-    whole_files.replace_file(path, temporary, lambda file: file.write(b"old"))
-
-    def fail(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
-        whole_files.replace_file(path, temporary, lambda file: file.write(b"new"))
-    assert contents(tmp_path) == {"file": b"old"}
 
 
 def large_source(root, images=60):
