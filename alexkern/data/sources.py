@@ -227,7 +227,10 @@ def _archived_classes(archive: Path, left_out: list[str]) -> dict[str, list[Item
         items = _archived(archive, name, _members(archive, name, member.offset_data, end), left_out)
         if not items:
             raise DataError(f"{name} has no images ({' '.join(EXTENSIONS)})")
-        found[Path(member.name).stem] = items
+        class_name = Path(member.name).stem
+        if class_name in found:
+            raise DataError(f"{archive} holds {class_name}.tar more than once")
+        found[class_name] = items
     if not found:
         raise DataError(f"{archive} holds no archives of classes, as ILSVRC's does")
     return found
@@ -261,13 +264,9 @@ def _members(path: Path, name: str, start: int, end: int) -> Iterator[tarfile.Ta
         with open(path, "rb") as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.offset_data + member.size > end:
-                        raise damaged
-                    if member.isfile():
-                        yield member
+                yield from (member for member in tar if not member.isdir())
                 file.seek(tar.offset)
-            mark = file.read(min(tarfile.BLOCKSIZE, max(end - file.tell(), 0)))
+            mark = file.read(max(0, min(tarfile.BLOCKSIZE, end - tar.offset)))
     except tarfile.TarError as error:
         raise damaged from error
     if mark != bytes(tarfile.BLOCKSIZE):

@@ -301,7 +301,8 @@ def test_ids_that_do_not_fit(how, words, folders, tmp_path):
         ("empty class", ["train/n01", "has no images"]),
         ("empty archive", ["n01.tar has no images"]),
         ("no archives", ["holds no archives"]),
-        ("twice", ["n01.tar holds a.jpg more than once"]),
+        ("image twice", ["n01.tar holds a.jpg more than once"]),
+        ("class twice", ["holds n01.tar more than once"]),
         ("not a devkit", ["it is not the devkit"]),
         ("empty val", ["val has no images"]),
     ],
@@ -328,8 +329,11 @@ def test_sources_that_will_not_do(how, words, folders, tmp_path):
         train.write_bytes(archive({"n01.tar": archive({"a.txt": b""})}))
     elif how == "no archives":
         train.write_bytes(archive({"a.jpg": b""}))
-    elif how == "twice":
+    elif how == "image twice":
         train.write_bytes(archive({"n01.tar": archive({"x/a.jpg": b"", "y/a.jpg": b""})}))
+    elif how == "class twice":
+        inner = archive({"a.jpg": b""})
+        train.write_bytes(archive({"n01.tar": inner, "again/n01.tar": inner}))
     elif how == "not a devkit":
         (root / "devkit").mkdir()
     elif how == "empty val":
@@ -354,6 +358,16 @@ def test_damaged_archives_are_refused_wherever_they_end(folders, tmp_path):
         assert "fetch it again" in complaint(root)
     train.write_bytes(content[:end])
     assert list_source(root).digest() == whole
+
+
+def test_a_class_whose_archive_does_not_end_is_refused(folders, tmp_path):
+    """Reading on would lead into the next one."""
+    root = flat(folders, tmp_path / "flat")
+    write_truth("txt", folders, root)
+    inner = archive({"a.jpg": b"a"})
+    files = {"n01.tar": inner[:1024], "n02.tar": inner}
+    (root / "ILSVRC2012_img_train.tar").write_bytes(archive(files))
+    assert "n01.tar is cut off or damaged" in complaint(root)
 
 
 @pytest.mark.parametrize("where", ["outer header", "inner header", "inner mark"])
