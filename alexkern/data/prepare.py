@@ -12,14 +12,14 @@ import hashlib
 import io
 import json
 import multiprocessing
-import multiprocessing.synchronize
 import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
 from typing import Any, NamedTuple
@@ -196,8 +196,8 @@ def _write_parts(missing: Sequence[_Part], workers: int, total: int) -> None:
     # would else need minutes and gigabytes), and knows nothing of the state of this process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    stop = context.Event()
-    pool = ProcessPoolExecutor(min(workers, len(missing)), context, _begin_worker, (stop,))
+    theirs, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(min(workers, len(missing)), context, _begin_worker, (theirs,))
     done = total - sum(len(part.items) for part in missing)
     bar = tqdm(desc="preparing", total=total, initial=done, unit=" images", disable=None)
     try:
@@ -213,25 +213,23 @@ def _write_parts(missing: Sequence[_Part], workers: int, total: int) -> None:
             "fewer --workers"
         ) from error
     finally:
-        stop.set()
+        ours.close()
         pool.shutdown(cancel_futures=True)
 
 
-_stop: multiprocessing.synchronize.Event  # of a worker: its part is no longer wanted
+def _begin_worker(pipe: Connection) -> None:
+    signal(SIGINT, SIG_IGN)  # a terminal's reaches every process; the first one decides
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
 
 
-def _begin_worker(stop: multiprocessing.synchronize.Event) -> None:
-    global _stop
-    _stop = stop
-    signal(SIGINT, SIG_IGN)  # a terminal's reaches every process; the first one sets the event
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _end_with(pipe: Connection) -> None:
+    """The other end closes when the work is to stop, and when the first process is killed.
 
-
-def _end_with_parent() -> None:
-    """A process that is killed cannot end its workers, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
+    Left to itself a worker would finish its part in the one case, and wait for work for ever in the
+    other; and the pool waits for ever for one that it started while another died.
+    """
+    with suppress(EOFError):
+        pipe.recv()
     os._exit(1)
 
 
@@ -241,8 +239,6 @@ def _write_part(part: _Part) -> int:
     labels: list[int] = []
     refused: list[tuple[str, str]] = []
     for item, label in zip(part.items, part.labels, strict=True):
-        if _stop.is_set():
-            return 0
         try:
             images[len(labels)] = decode(io.BytesIO(item.read(part.source)), part.size)
         except ImageError as error:

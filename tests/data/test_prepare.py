@@ -373,11 +373,15 @@ def test_a_full_disk_is_one_line_and_the_work_goes_on(tmp_path, store):
     assert check_store(store) == []
 
 
-def test_a_worker_that_dies_is_one_line_and_the_work_goes_on(tmp_path, store):
-    source = large_source(tmp_path / "source", 30)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_worker_that_dies_is_one_line_and_the_work_goes_on(tmp_path, store, begun):
+    """Also while others are still being started, which once was waited for without end."""
+    source = large_source(tmp_path / "source", 16)
 
     def kill():
         while not multiprocessing.active_children():
+            time.sleep(0.0001)
+        while begun and not list(store.glob("unfinished/train-*.json")):
             time.sleep(0.001)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
@@ -385,6 +389,7 @@ def test_a_worker_that_dies_is_one_line_and_the_work_goes_on(tmp_path, store):
     thread.start()
     assert "a worker process died" in complaint(source, store, 256, 2)
     thread.join()
+    assert not multiprocessing.active_children()
     prepare(source, store, 256, 2)
     assert check_store(store) == []
 
