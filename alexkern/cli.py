@@ -1,8 +1,10 @@
 """The ``alexkern`` command."""
 
 import argparse
+import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plain.add_argument("--json", action="store_true", help="for programs")
         plain.set_defaults(run=command)
     _add_tune(commands.add_parser("tune", help="measure who computes convolutions fastest"))
+    _add_prepare(commands.add_parser("prepare", help="images to a store that trains fast"))
     _add_plot(commands.add_parser("plot", help="draw the curves of training runs"))
     _add_average(commands.add_parser("average", help="average several networks' predictions"))
     _add_export(commands.add_parser("export", help="write a run's weights for other programs"))
@@ -81,6 +84,65 @@ def _readable(found: dict[str, Any]) -> str:
             f"tables: {', '.join(found['tables']) or 'none'}",
         ]
     )
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_prepare)
+    parser.usage = "alexkern prepare [options] SRC DST\n       alexkern prepare --check DST"
+    parser.description = (
+        "Prepare images once for every training: upright, scaled, cut to their central squares, "
+        "with their mean and colours, in a store for --data. SRC has train/ and val/, or "
+        "ILSVRC's archives and devkit. What was stopped goes on where it was."
+    )
+    parser.add_argument("source", metavar="SRC", nargs="?", type=Path, help="the images")
+    parser.add_argument("store", metavar="DST", nargs="?", type=Path, help="folder of the store")
+    parser.add_argument("--check", metavar="DST", type=Path, help="verify every file of a store")
+    parser.add_argument("--size", type=int, default=256, help="side in pixels (%(default)s)")
+    parser.add_argument(
+        "-j", "--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)"
+    )
+    parser.add_argument(
+        "--ground-truth",
+        metavar="PATH",
+        type=Path,
+        help="classes of val images that are in no class folders: ILSVRC's devkit, or a file of "
+        "`image class` lines (default: looked for in SRC)",
+    )
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    """Exit status 1 if --check finds damage; 130 or 143 if stopped by a signal."""
+    if (options.store is None) == (options.check is None) or (options.check and options.source):
+        raise ValueError("prepare takes SRC and DST, or --check DST (see --help)")
+    for name in ("size", "workers"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be positive, got {getattr(options, name)}")
+    try:
+        from alexkern.data import prepare, store
+    except ImportError as error:
+        message = f"prepare needs Pillow and tqdm: pip install 'alexkern[train]' ({error})"
+        raise ValueError(message) from error
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names in any script, on any terminal
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if options.check:
+        problems = store.check_store(options.check, options.workers)
+        print("\n".join(problems) or f"{options.check}: every file is as it was written")
+        return int(bool(problems))
+    default = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        prepare.prepare(
+            options.source, options.store, options.size, options.workers, options.ground_truth
+        )
+    except KeyboardInterrupt as interrupt:
+        print("alexkern: stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, default)
+    return 0
+
+
+def _terminate(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,8 @@
-"""Images per second of the data pipeline on one core, per step, at the paper's sizes.
+"""Images per second of the data pipeline on one core, at the paper's sizes.
 
-From a folder of JPEG files it stands beside torchvision's: the same step from the same files.
+Training: crops from a prepared store, beside what is usual with torchvision: its ImageFolder,
+decoded, cropped to a random size, scaled and mirrored anew each time. Preparing: the same work
+from the same files, ours and torchvision's.
 """
 
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import torch
 
 from alexkern import ops
 from alexkern.data import Augmentation, Batches, Split, iterate, load_dataset, training_batches
+from alexkern.data.store import StoreImages
 from alexkern.models import PRESETS
 from bench.conftest import Keep
 from bench.layers import BATCH
@@ -20,6 +23,10 @@ from bench.record import Key
 
 PAPER = PRESETS["paper"]
 VARIANTS, FULL_VARIANTS = ("alexkern", "torchvision"), ()
+
+# As many parts as ImageNet's training images have. Here all are one file, mapped anew for each: the
+# accesses are those of the whole, and no disk is measured.
+PARTS, PART_IMAGES = 1252, 256
 
 
 @pytest.fixture(autouse=True)
@@ -36,25 +43,24 @@ def _key(step: str, variant: str = "alexkern") -> Key:
 
 def _batches(split: Split) -> Batches:
     offsets = PAPER.stored_size - PAPER.crop_size + 1
-    return training_batches(split, 0, 0, BATCH, Augmentation(PAPER.crop_size, offsets, flip=True))
+    noise = 10 * np.eye(3)
+    augmentation = Augmentation(PAPER.crop_size, offsets, flip=True, colour_noise=noise)
+    return training_batches(split, 0, 0, BATCH, augmentation)
 
 
-def _in_memory() -> Batches:
-    shape = (2 * BATCH, PAPER.stored_size, PAPER.stored_size, 3)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    return _batches(Split(images, np.zeros(len(images), np.int64)))
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """A training split of ImageNet's size."""
+    path = tmp_path_factory.mktemp("store") / "part.npy"
+    shape = (PART_IMAGES, PAPER.stored_size, PAPER.stored_size, 3)
+    np.save(path, np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    images = StoreImages([path] * PARTS, [PART_IMAGES] * PARTS, PAPER.stored_size)
+    return Split(images, np.zeros(len(images), np.int64))
 
 
-def test_stored_images_to_batch(benchmark: Any, keep: Keep) -> None:
-    """From uint8 images in memory to a batch of them, with random corners and flips."""
-    batches = _in_memory()
-    benchmark(lambda: batches[1])
-    keep(_key("stored_images_to_batch"))
-
-
-def test_batch_to_input(benchmark: Any, keep: Keep) -> None:
+def test_batch_to_input(benchmark: Any, keep: Keep, store: Split) -> None:
     """The float work, which belongs on the GPU where there is one."""
-    (batch,) = iterate(_in_memory(), first=1)
+    batch = next(iterate(_batches(store)))
     mean = torch.full((PAPER.crop_size, PAPER.crop_size, 3), 120.0)
     corners = torch.zeros(BATCH, 2, dtype=torch.int64)
     benchmark(lambda: ops.augment(batch.images, corners, batch.flips, mean, 1.0, batch.shift))
@@ -75,28 +81,52 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _alexkern(folder: Path) -> Callable[[], torch.Tensor]:
-    batches = _batches(load_dataset(str(folder), PAPER.stored_size).train)
-    return lambda: next(iterate(batches)).images
-
-
-def _torchvision(folder: Path) -> Callable[[], torch.Tensor]:
-    """Its ImageFolder, and its transforms for the paper's preparation."""
+def _torchvision(folder: Path, *names: Any) -> Callable[[], torch.Tensor]:
+    """A batch of its ImageFolder through transforms, each named with its arguments."""
     try:
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
     except (ImportError, RuntimeError) as error:  # RuntimeError: made for another torch
         pytest.skip(f"needs a torchvision that fits torch: {str(error).splitlines()[0]}")
-    size = PAPER.stored_size
-    prepare = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-    images = ImageFolder(folder / "train", prepare)
+    steps = [getattr(v2, name)(*arguments) for name, *arguments in names]
+    images = ImageFolder(folder / "train", v2.Compose(steps))
     return lambda: torch.stack([images[index][0] for index in range(BATCH)])
 
 
+def test_training_batch(
+    benchmark: Any, keep: Keep, store: Split, folder: Path, variant: str
+) -> None:
+    """uint8 crops of 224x224, of random images, at random places and mirrored at random.
+
+    Mirroring itself is the GPU's in this library.
+    """
+    size = PAPER.crop_size
+    if variant == "alexkern":
+        batches = _batches(store)
+        indices = iter(range(len(batches)))
+
+        def make() -> torch.Tensor:
+            batch = batches[next(indices)]
+            assert not isinstance(batch, Exception)
+            return batch.images
+
+    else:
+        make = _torchvision(
+            folder, ("RandomResizedCrop", size), ("RandomHorizontalFlip",), ("PILToTensor",)
+        )
+    assert sorted(make().shape) == sorted((BATCH, size, size, 3))
+    benchmark(make)
+    keep(_key("training_batch", variant))
+
+
 def test_jpeg_folder_to_batch(benchmark: Any, keep: Keep, folder: Path, variant: str) -> None:
-    """Decoded, shorter side to 256, centre of 256x256, one uint8 batch."""
-    make = {"alexkern": _alexkern, "torchvision": _torchvision}[variant](folder)
+    """Decoded, shorter side to 256, centre of 256x256, one uint8 batch: what preparing is."""
     size = PAPER.stored_size
+    if variant == "alexkern":
+        images = load_dataset(str(folder), size).train.images
+        make: Callable[[], Any] = lambda: np.stack([images[index] for index in range(BATCH)])  # noqa: E731
+    else:
+        make = _torchvision(folder, ("Resize", size), ("CenterCrop", size), ("PILToTensor",))
     assert sorted(make().shape) == sorted((BATCH, size, size, 3))
     benchmark(make)
     keep(_key("jpeg_folder_to_batch", variant))

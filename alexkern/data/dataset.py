@@ -1,6 +1,7 @@
 """The one type of all data sets, and where each comes from."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -53,7 +54,7 @@ class Dataset:
         train, val: The splits.
         flip: Whether a mirrored image shows the same class.
         mean: Mean of the training images (of at most ``MEAN_SAMPLE`` of them, evenly spaced) in
-            grey levels, float32 [size, size, 3].
+            grey levels, float32 [size, size, 3]. A store's is over all of them.
         colours: Principal components of the same images' colours.
     """
 
@@ -70,15 +71,15 @@ def load_dataset(data: str, size: int, seed: int = 0) -> Dataset:
     """Open a data set.
 
     Args:
-        data: ``"digits"``, ``"cifar10"``, ``"synthetic"``, or a folder with ``train/`` and
-            ``val/``, each with one folder of images per class.
+        data: ``"digits"``, ``"cifar10"``, ``"synthetic"``, a store that ``alexkern prepare`` made,
+            or a folder with ``train/`` and ``val/``, each with one folder of images per class.
         size: Side in pixels at which images are handed out.
         seed: Of the synthetic images.
 
     Raises:
         DataError: Something is missing or wrong; one line that names the fix.
     """
-    from alexkern.data import built_in, folder
+    from alexkern.data import built_in, folder, store
 
     if data == "digits":
         class_names, train, val = built_in.digits(size)
@@ -86,6 +87,8 @@ def load_dataset(data: str, size: int, seed: int = 0) -> Dataset:
         class_names, train, val = built_in.cifar10(size)
     elif data == "synthetic":
         class_names, train, val = built_in.synthetic(size, seed)
+    elif store.is_store(Path(data)):
+        return store.open_store(Path(data), size)
     else:
         class_names, train, val = folder.image_folder(data, size)
     mean, colours = _statistics(train.images)

@@ -1,6 +1,7 @@
 """A folder of images: ``train/`` and ``val/``, one folder per class in each."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from alexkern.data.dataset import BUILT_IN, DataError, Split
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class FolderImages:
@@ -38,7 +39,15 @@ class FolderImages:
         return len(self._names)
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        return decode(self._path(int(index)), self._size)
+        from alexkern.data.decode import ImageError, decode
+
+        path = self._path(int(index))
+        try:
+            return decode(path, self._size)
+        except ImageError as error:
+            raise DataError(
+                f"cannot decode {path} ({error}): replace or remove this file"
+            ) from error
 
     def _path(self, index: int) -> Path:
         file_name: str = os.fsdecode(self._names[index])
@@ -61,43 +70,20 @@ def image_folder(path: str, size: int) -> tuple[tuple[str, ...], Split, Split]:
             f"no folder {path!r}: --data takes {', '.join(BUILT_IN)}, or a folder with train/ "
             "and val/"
         )
-    train_classes, val_classes = _class_names(root / "train"), _class_names(root / "val")
-    for there, missing in (
-        ("val", sorted(set(train_classes) - set(val_classes))),
-        ("train", sorted(set(val_classes) - set(train_classes))),
-    ):
-        if missing:
-            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise DataError(f"train/ and val/ need the same classes: {root / there} lacks {names}")
-    train, val = (_split(root / name, train_classes, size) for name in ("train", "val"))
-    return train_classes, train, val
+    class_names = class_folders(root / "train")
+    require_same_classes(class_names, class_folders(root / "val"))
+    train, val = (_split(root / name, class_names, size) for name in ("train", "val"))
+    return class_names, train, val
 
 
-def decode(path: Path, size: int) -> NDArray[np.uint8]:
-    """One image file as uint8 RGB [size, size, 3].
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """The names of the class folders in ``folder``, sorted.
 
     Raises:
-        DataError: It cannot be read or decoded; the message names it.
+        DataError: There are none, or ``folder`` does not exist.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            # One resampling of the central square: scaling it whole first gives the same pixels.
-            square = image.convert("RGB").resize(
-                (size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
-            )
-    except Exception as error:  # Pillow's decoders raise many types
-        reason = " ".join(str(error).split())
-        raise DataError(f"cannot decode {path} ({reason}): replace or remove this file") from error
-    return np.asarray(square)
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
-        raise DataError(f"no folder {folder}: --data needs train/ and val/, one folder per class")
+        raise DataError(f"no folder {folder}: train/ and val/ must be there, one folder per class")
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not names:
@@ -105,18 +91,44 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def require_same_classes(train: Iterable[str], val: Iterable[str]) -> None:
+    """Refuse splits of different classes: labels would mean different things.
+
+    Raises:
+        DataError: One of them lacks classes of the other.
+    """
+    for there, missing in (
+        ("val", sorted(set(train) - set(val))),
+        ("train", sorted(set(val) - set(train))),
+    ):
+        if missing:
+            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise DataError(f"train/ and val/ need the same classes: {there} lacks {names}")
+
+
+def image_files(folder: Path) -> list[str]:
+    """The names of the images in a class folder, sorted.
+
+    Raises:
+        DataError: There are none.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if is_image(e.name) and not e.is_dir())
+    if not names:
+        raise DataError(
+            f"class folder {folder} has no images ({' '.join(EXTENSIONS)}): "
+            "fill it, or remove the class from train/ and val/"
+        )
+    return names
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is an image's."""
+    return name.lower().endswith(EXTENSIONS)
+
+
 def _split(root: Path, class_names: tuple[str, ...], size: int) -> Split:
-    names: list[bytes] = []
-    counts = []
-    for class_name in class_names:
-        with os.scandir(root / class_name) as entries:
-            files = sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS))
-        if not files:
-            raise DataError(
-                f"class folder {root / class_name} has no images ({' '.join(EXTENSIONS)}): "
-                "fill it, or remove the class from train/ and val/"
-            )
-        names += [os.fsencode(name) for name in files]
-        counts.append(len(files))
-    labels = np.repeat(np.arange(len(class_names)), counts)
-    return Split(FolderImages(root, class_names, labels, np.array(names), size), labels)
+    files = [image_files(root / class_name) for class_name in class_names]
+    labels = np.repeat(np.arange(len(files)), [len(names) for names in files])
+    encoded = np.array([os.fsencode(name) for names in files for name in names])
+    return Split(FolderImages(root, class_names, labels, encoded, size), labels)
