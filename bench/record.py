@@ -202,9 +202,11 @@ def load(kind: type[T], path: Path) -> T:
     return record
 
 
-def newest(results: Path = RESULTS, gpu: str = "*") -> Path | None:
-    """The GPU record with the latest date, None if there is none."""
-    found = (path for path in results.glob(f"{gpu}/*.json") if path.parent.name != "compile")
+def newest(results: Path = RESULTS, *, gpu: bool = True) -> Path | None:
+    """The record with the latest date of those made on a GPU, or on none; None without any."""
+    folders = (path for path in results.glob("*/") if path.name != "compile")
+    chosen = (folder for folder in folders if (folder.name != "cpu") == gpu)
+    found = (path for folder in chosen for path in folder.glob("*.json"))
     return max(found, key=lambda path: path.name, default=None)
 
 

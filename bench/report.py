@@ -198,12 +198,16 @@ def _rate(measurement: Measurement | None) -> str:
 
 def data_table(record: Record) -> str:
     """The data pipeline on one core of the machine's CPU."""
+    found = groups(record.measurements, "data")
+    if not found:
+        return "Not measured yet."
     rows = [
         [f"{key.layer}, {name}", f"{key.batch / m.median:,.0f}"]
-        for key, found in groups(record.measurements, "data").items()
-        for name, m in found.items()
+        for key, variants in found.items()
+        for name, m in variants.items()
     ]
-    return _markdown(["", "images/s"], rows)
+    table = _markdown(["", "images/s"], rows)
+    return f"{table}\n\nOne core of a machine of {record.machine.cores} ({record.machine.cpu})."
 
 
 def plots(record: Record) -> str:
@@ -294,9 +298,16 @@ _COMPILE_TABLES: dict[str, Callable[[CompileRecord], str]] = {
 }
 
 
-def tables(record: Record | None) -> dict[str, str]:
-    """All tables by name; those of a GPU say so where there is no record."""
+def tables(record: Record | None, host: Record | None = None) -> dict[str, str]:
+    """All tables by name; those of a GPU say so where there is no record.
+
+    Args:
+        record: Made on a GPU.
+        host: Made without one: says how fast the data pipeline is, where the other does not.
+    """
     made = {name: table(record) if record else NOT_MEASURED for name, table in _TABLES.items()}
+    if host and not (record and groups(record.measurements, "data")):
+        made["data"] = data_table(host)
     compiled = load(CompileRecord, COMPILE_RECORD)
     return made | {name: table(compiled) for name, table in _COMPILE_TABLES.items()}
 
@@ -383,17 +394,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action.add_argument("--write", action="store_true", help="refresh README and docs")
     action.add_argument("--check", action="store_true", help="exit 1 if they differ")
     parsed = parser.parse_args(arguments)
-    path = parsed.record or newest(parsed.results)
-    record = load(Record, path) if path else None
+    paths = parsed.record or newest(parsed.results), newest(parsed.results, gpu=False)
+    record, host = (load(Record, path) if path else None for path in paths)
     if parsed.short:
-        print(short(record) if record else NOT_MEASURED)
+        chosen = record or host
+        print(short(chosen) if chosen else NOT_MEASURED)
         return 0
-    made = tables(record)
+    made = tables(record, host)
     if not (parsed.write or parsed.check):
         print("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()))
         return 0
     if record and not record.machine.gpu:
-        raise RecordError(f"{path}: made without a GPU, so its times are not for the pages")
+        raise RecordError(f"{paths[0]}: made without a GPU, so its times are not for the pages")
     stale = _refresh(made, write=parsed.write)
     if parsed.write and record:
         print(*plot(record, PLOTS), sep="\n")

@@ -82,6 +82,10 @@ def test_newest_is_the_latest_of_all_gpus(tmp_path: Path) -> None:
     for name in ("nvidia-h100/2026-01-03-aaa", "nvidia-h200/2026-01-02-zzz", "compile/triton-9"):
         save(record(measurement()), tmp_path / f"{name}.json")
     assert newest(tmp_path) == tmp_path / "nvidia-h100/2026-01-03-aaa.json"
+    assert newest(tmp_path, gpu=False) is None
+    save(record(measurement()), tmp_path / "cpu/2026-01-09-bbb.json")
+    assert newest(tmp_path) == tmp_path / "nvidia-h100/2026-01-03-aaa.json"
+    assert newest(tmp_path, gpu=False) == tmp_path / "cpu/2026-01-09-bbb.json"
 
 
 def test_median_and_its_interval() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from bench import report
 from bench.compile_record import CompileRecord
-from bench.record import RecordError, load, save
+from bench.record import Key, RecordError, load, save
 from tests.records import measurement, record
 
 
@@ -46,9 +46,23 @@ def test_a_page_that_differs_is_noticed_and_mended(
 def test_a_trial_s_times_do_not_get_into_pages(tmp_path: Path) -> None:
     made = record(measurement())
     made.machine = dataclasses.replace(made.machine, gpu="")
-    save(made, tmp_path / "cpu" / "2026-01-02-abc.json")
+    path = tmp_path / "cpu" / "2026-01-02-abc.json"
+    save(made, path)
     with pytest.raises(RecordError, match="without a GPU"):
-        report.main(["--write", f"--results={tmp_path}"])
+        report.main([str(path), "--write", f"--results={tmp_path}"])
+    assert report.tables(None, made)["ops"] == report.NOT_MEASURED
+
+
+def test_the_data_pipeline_needs_no_gpu(tmp_path: Path) -> None:
+    """Its table is the host's record's, unless the GPU's has one."""
+    key = Key("data", "data", "training_batch", "", "", 128, "alexkern")
+    made = record(measurement(key=key, seconds=[0.01]))
+    made.machine = dataclasses.replace(made.machine, gpu="", cpu="an abacus", cores=3)
+    table = report.tables(record(measurement()), made)["data"]
+    assert "| training_batch, alexkern | 12,800 |" in table
+    assert table.endswith("One core of a machine of 3 (an abacus).")
+    assert "training_batch" in report.tables(made)["data"]
+    assert report.tables(record(measurement()))["data"] == "Not measured yet."
 
 
 def test_an_unknown_table_is_an_error() -> None:
