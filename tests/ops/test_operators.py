@@ -281,16 +281,16 @@ def test_checkpointing(triton, operands, case):
 def test_cost_on_the_host(triton):
     """An eager call takes at most half as long again as a bare autograd function around it."""
     image = torch.empty(128, 96, 27, 27, device="meta", requires_grad=True)
+    names = "local_response_norm", "local_response_norm, bare"
     with record_launches() as launches:
 
-        def shortest(call):
-            times = timeit.repeat(
-                lambda: (CALLS[call](image, None), launches.clear()), number=200, repeat=9
-            )
-            return min(times)
+        def seconds(call):
+            return timeit.timeit(lambda: (CALLS[call](image, None), launches.clear()), number=50)
 
-        bare = shortest("local_response_norm, bare")
-        assert shortest("local_response_norm") < 1.5 * bare
+        # in turn, and many times: other load on the machine meets both
+        times = [[seconds(name) for name in names] for _ in range(60)]
+    ours, bare = map(min, zip(*times, strict=True))
+    assert ours < 1.5 * bare
 
 
 def test_lazily_negated_input(triton, device):

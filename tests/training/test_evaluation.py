@@ -90,7 +90,7 @@ with joined(torch.device("cpu")) as process:
 """
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_processes_counts_each_sample_once(tmp_path, processes):
     """Ten samples: shares of 5 and 5, or of 2, 3, 2 and 3, in batches of 3."""
     (tmp_path / "program.py").write_text(PROGRAM)
