@@ -32,6 +32,9 @@ from bench.compile_record import (
 from bench.programs import Binary, Program, executed_instructions, read_code
 from bench.record import FORMAT, RecordError, load, save
 
+# What is compiled is compiled once.
+pytestmark = pytest.mark.xdist_group("static")
+
 ROOT = Path(__file__).parents[1]
 MEMORY_BOUND = ("augment", "dropout", "linear", "lrn", "lrn_pool", "pool", "sgd")
 # Instructions per element of the result that a kernel may take on sm_90, for fp16 and bf16 in
