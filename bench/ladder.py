@@ -58,7 +58,7 @@ class Rung:
 
 TRAINING = {
     "eager_tf32_nchw": Rung(channels_last=False, precision="tf32"),
-    "eager": Rung(),
+    "eager": Rung(fused=True),
     "eager_graph": Rung(fused=True, graph=True),
     "compile": Rung(compile="default", fused=True),
     "compile_max_autotune": Rung(compile="max-autotune", precision="bf16", fused=True),
