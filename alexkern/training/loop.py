@@ -68,7 +68,7 @@ class Outlet:
         tensorboard: bool = False,
     ) -> None:
         self.folder, self.stopping = folder, stopping
-        checkpoint.tidy(folder)
+        checkpoint.tidy(folder, step)
         self._metrics = MetricsFile(folder / "metrics.csv", step)
         self._tensorboard = TensorBoard(folder / "tensorboard", step) if tensorboard else None
 
@@ -365,7 +365,7 @@ class Trainer:
         path = folder / name if name else checkpoint.path_at(folder, self.step)
         with self._timed("saving"):
             save_torch(self.state_dict(), path)
-            checkpoint.tidy(folder)
+            checkpoint.tidy(folder, self.step)
 
     def _write(self, outlet: Outlet, measured: Measured, evaluation: Evaluation | None) -> None:
         """The row of metrics after ``step`` steps, which is printed as well."""

@@ -161,6 +161,17 @@ def test_rows_after_the_checkpoint_are_written_anew(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "5", "6", "8", "10"]
 
 
+def test_a_run_that_goes_back_keeps_what_it_saves(tmp_path):
+    """Though there are two checkpoints of later steps."""
+    train(small_trainer(), 5, tmp_path)
+    saved = newest(tmp_path)
+    train(small_trainer(), 15, tmp_path)
+    resumed = small_trainer()
+    resumed.load_state_dict(saved)
+    train(resumed, 7, tmp_path)
+    assert newest(tmp_path)["step"] == 7
+
+
 def test_metrics_have_their_columns_and_an_evaluation_at_each_end(tmp_path):
     trainer = train(small_trainer(lr=0.01), 8, tmp_path)
     written = rows(tmp_path)
