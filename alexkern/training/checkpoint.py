@@ -13,8 +13,8 @@ _KEPT = 2
 _NAME = f"checkpoint-{'[0-9]' * 8}.pt"  # no copy that a user made under a similar name
 _WRITTEN = (_NAME, BEST, "metrics.csv", "config.toml")
 _KEYS = {
-    *("format", "model", "optimizer", "scaler", "schedule", "meter", "step", "evaluated", "best"),
-    *("options", "class_names"),
+    *("format", "model", "optimizer", "scaler", "schedule", "meter", "step", "steps_per_epoch"),
+    *("evaluated", "best", "options", "class_names"),
 }
 
 
@@ -46,8 +46,9 @@ def load(path: Path) -> dict[str, Any]:
 
     Returns:
         ``model``, ``optimizer``, ``scaler``, ``schedule`` and ``meter`` (state dicts), ``step``
-        (whole steps done), ``evaluated`` (the last step that was followed by an evaluation),
-        ``best`` (evaluation), ``options`` (of the run), ``class_names``, ``format``.
+        (whole steps done), ``steps_per_epoch``, ``evaluated`` (the last step that was followed by
+        an evaluation), ``best`` (evaluation), ``options`` (of the run), ``class_names``,
+        ``format``.
 
     Raises:
         UsageError: There is none, it is damaged, or it is not one of this program's.

@@ -90,7 +90,7 @@ def run(parsed: argparse.Namespace) -> int:
         dataset = load_dataset(options.data, get_preset(options.preset).stored_size, options.seed)
         trainer = Trainer(options, dataset, device)
         if resumed:
-            trainer.load_state_dict(resumed[1])
+            trainer.load_state_dict(resumed[1], training=not parsed.evaluate)
             _say(process, _resumption(*resumed, options))
         elif options.weights:
             _load_weights(trainer.model, options)

@@ -248,17 +248,29 @@ def test_wrong_data_is_one_line_and_exit_code_2(folder):
     assert result.stderr.count("\n") == 1
 
 
-def test_checkpoint_of_another_preset_or_class_count(small, tmp_path, capsys):
+def test_resumption_of_what_cannot_go_on(small, tmp_path, capsys):
     output = str(tmp_path / "run")
     assert main([*small, "--steps", "1", "--output", output]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     capsys.readouterr()
     for arguments, word in (
         (["--resume", "--output", output, "--preset", "paper"], "preset 'mini', not 'paper'"),
         (["--resume", "--output", output, "--data", "digits"], "3 classes"),
+        (["--resume", "--output", output, "-b", "3"], "has 3 steps, and now 4"),
         (["--output", output], "holds a run"),
     ):
         assert main(arguments) == 2
         assert word in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert main(["-e", "--resume", output, "-b", "3"]) == 0
+
+
+def test_a_finished_run_says_so(small, tmp_path, capsys):
+    command = [*small, "--epochs", "1", "--output", str(tmp_path), "--resume"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("time: ")
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing was left to do after step 3"
 
 
 def test_training_by_several_processes_is_refused(small, monkeypatch, capsys):
