@@ -255,6 +255,7 @@ def test_resumption_of_what_cannot_go_on(small, tmp_path, capsys):
     capsys.readouterr()
     for arguments, word in (
         (["--resume", "--output", output, "--preset", "paper"], "preset 'mini', not 'paper'"),
+        (["--resume", "--output", output, "--weights", "x.pt"], "weights '', not 'x.pt'"),
         (["--resume", "--output", output, "--data", "digits"], "3 classes"),
         (["--resume", "--output", output, "-b", "3"], "has 3 steps, and now 4"),
         (["--output", output], "holds a run"),
@@ -282,6 +283,16 @@ def test_training_by_several_processes_is_refused(small, monkeypatch, capsys):
     )
     assert found.returncode != 0
     assert "training takes one process, and WORLD_SIZE is 2" in found.stderr
+
+
+@pytest.mark.parametrize("world", ["2", "many"])
+def test_a_world_without_a_launcher_is_one_line(small, monkeypatch, capsys, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert main(small) == 2
+    err = capsys.readouterr().err
+    assert f"WORLD_SIZE is {world}" in err
+    assert "torchrun" in err
+    assert err.count("\n") == 1
 
 
 # The promises of the main job, in full
