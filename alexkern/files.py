@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,10 +79,11 @@ def load_torch(path: Path, *, sealed: bool = False) -> Any:
         with open(path, "rb") as file:
             _check_seal(file, sealed)
             return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.PickleError) as error:
-        raise ValueError(str(error).strip().split("\n")[0]) from error
+    except Exception as error:  # a damaged file makes torch's reader raise many types
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(reason or type(error).__name__) from error
 
 
 def _check_seal(file: BinaryIO, required: bool) -> None:

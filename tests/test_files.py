@@ -1,10 +1,12 @@
 """Files appear whole or not at all."""
 
+import random
 from pathlib import Path
 
 import pytest
+import torch
 
-from alexkern.files import replacing
+from alexkern.files import load_torch, replacing
 
 
 def test_a_file_is_there_when_the_block_has_ended(tmp_path: Path) -> None:
@@ -36,3 +38,23 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
     full = tmp_path / "full"
     with pytest.raises(OSError, match=f"No space left on device: '{full}'"), replacing(full):
         raise OSError(28, "No space left on device")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_whatever_is_damaged_is_a_value_error(tmp_path: Path, legacy: bool) -> None:
+    """torch's reader raises IndexError, struct.error, AssertionError and more."""
+    path = tmp_path / "weights.pt"
+    content = {f"layer{number}": torch.randn(3, 4) for number in range(4)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    whole, places, reasons = path.read_bytes(), random.Random(0), []
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[places.randrange(len(damaged))] = places.randrange(256)
+        path.write_bytes(damaged[: places.choice((None, places.randrange(len(damaged))))])
+        try:
+            load_torch(path)
+        except ValueError as error:
+            reasons.append(str(error))
+    assert len(reasons) > 100
+    assert all(reason and "\n" not in reason for reason in reasons)

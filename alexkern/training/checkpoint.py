@@ -10,9 +10,11 @@ from alexkern.training.errors import UsageError
 BEST = "best.pt"
 FORMAT = 1
 _KEPT = 2
+_NAME = f"checkpoint-{'[0-9]' * 8}.pt"  # no copy that a user made under a similar name
+_WRITTEN = (_NAME, BEST, "metrics.csv", "config.toml")
 _KEYS = {
-    *("format", "model", "optimizer", "scaler", "schedule", "meter", "step", "evaluated", "best"),
-    *("options", "class_names"),
+    *("format", "model", "optimizer", "scaler", "schedule", "meter", "step", "steps_per_epoch"),
+    *("evaluated", "best", "options", "class_names"),
 }
 
 
@@ -21,10 +23,22 @@ def path_at(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step:08d}.pt"
 
 
-def tidy(folder: Path) -> None:
-    """Remove all but the newest checkpoints, and what a crash left half written."""
-    for old in [*folder.glob("*.tmp"), *_newest_first(folder)[_KEPT:]]:
-        old.unlink(missing_ok=True)
+def tidy(folder: Path, step: int) -> None:
+    """Remove what a run that has come to ``step`` has no use for.
+
+    All but the newest checkpoints, those of later steps, which will be done again, and what a
+    crash left half written.
+    """
+    later = newer(folder, step)
+    old = [path for path in _newest_first(folder) if path not in later][_KEPT:]
+    unfinished = [path for name in _WRITTEN for path in folder.glob(f"{name}.*.tmp")]
+    for path in [*later, *old, *unfinished]:
+        path.unlink(missing_ok=True)
+
+
+def newer(folder: Path, step: int) -> list[Path]:
+    """The checkpoints of later steps than this."""
+    return [path for path in _newest_first(folder) if path.name > path_at(folder, step).name]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -32,8 +46,9 @@ def load(path: Path) -> dict[str, Any]:
 
     Returns:
         ``model``, ``optimizer``, ``scaler``, ``schedule`` and ``meter`` (state dicts), ``step``
-        (whole steps done), ``evaluated`` (the last step that was followed by an evaluation),
-        ``best`` (evaluation), ``options`` (of the run), ``class_names``, ``format``.
+        (whole steps done), ``steps_per_epoch``, ``evaluated`` (the last step that was followed by
+        an evaluation), ``best`` (evaluation), ``options`` (of the run), ``class_names``,
+        ``format``.
 
     Raises:
         UsageError: There is none, it is damaged, or it is not one of this program's.
@@ -77,4 +92,4 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[st
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*.pt"), key=lambda path: path.name, reverse=True)
+    return sorted(folder.glob(_NAME), key=lambda path: path.name, reverse=True)

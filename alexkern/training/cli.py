@@ -90,7 +90,7 @@ def run(parsed: argparse.Namespace) -> int:
         dataset = load_dataset(options.data, get_preset(options.preset).stored_size, options.seed)
         trainer = Trainer(options, dataset, device)
         if resumed:
-            trainer.load_state_dict(resumed[1])
+            trainer.load_state_dict(resumed[1], training=not parsed.evaluate)
             _say(process, _resumption(*resumed, options))
         elif options.weights:
             _load_weights(trainer.model, options)
@@ -99,7 +99,7 @@ def run(parsed: argparse.Namespace) -> int:
             _evaluate(parsed, trainer, process)
             return 0
         last_step = _last_step(parsed, interpreted, trainer.step, trainer.total_steps)
-        folder = _output_folder(parsed, options, resumed[0] if resumed else None)
+        folder = _output_folder(parsed, options, resumed)
         print(f"writing to {folder}", flush=True)
         with StopSignal() as stop:
             outlet = Outlet(folder, trainer.step, lambda: bool(stop), parsed.tensorboard)
@@ -190,19 +190,20 @@ def _resumption(path: Path, state: dict[str, Any], options: Options) -> str:
     )
 
 
-def _output_folder(parsed: argparse.Namespace, options: Options, resumed: Path | None) -> Path:
+def _output_folder(
+    parsed: argparse.Namespace, options: Options, resumed: "tuple[Path, dict[str, Any]] | None"
+) -> Path:
     """Make the run's folder: --output, or the resumed checkpoint's, or a new one in runs/."""
     from alexkern.files import replacing  # which needs torch
 
     if parsed.output is not None:
         output = Path(parsed.output)
     elif resumed:
-        output = resumed.parent
+        output = resumed[0].parent
     else:
         name = Path(options.data).resolve().name
         output = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.preset}-{name}"
-    if not resumed and any(output.glob("*.pt")):
-        raise UsageError(f"{output} holds a run: add --resume, or choose another --output")
+    _check_nothing_is_lost(parsed, output, resumed)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with replacing(output / "config.toml") as file:
@@ -210,6 +211,23 @@ def _output_folder(parsed: argparse.Namespace, options: Options, resumed: Path |
     except OSError as error:
         raise UsageError(f"cannot write to --output {output}: {error.strerror}") from error
     return output
+
+
+def _check_nothing_is_lost(
+    parsed: argparse.Namespace, output: Path, resumed: "tuple[Path, dict[str, Any]] | None"
+) -> None:
+    """Refuse to write over another run, or over what came after the checkpoint."""
+    from alexkern.training import checkpoint
+
+    if parsed.resume == "auto":
+        return
+    if resumed is None or output.resolve() != resumed[0].parent.resolve():
+        if any(output.glob("*.pt")):
+            raise UsageError(f"{output} holds a run: add --resume, or choose another --output")
+    elif Path(parsed.resume).is_file() and (later := checkpoint.newer(output, resumed[1]["step"])):
+        raise UsageError(
+            f"{later[0]} is newer than {resumed[0].name}: choose another --output, so that it stays"
+        )
 
 
 def _last_step(parsed: argparse.Namespace, interpreted: bool, step: int, total_steps: int) -> int:

@@ -1,6 +1,7 @@
 """Errors on the held-out split: central crops, or ten crops of each image."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -88,7 +89,7 @@ def evaluate(
     samples = _share(len(split.labels))
     batches = evaluation_batches(split, stored_size, batch_size, samples)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    kept = []
+    kept: list[NDArray[np.float32]] = []
     for batch in to_device(iterate(batches, workers, device.type == "cuda"), device):
         if stopping():
             raise StoppedError
@@ -98,7 +99,7 @@ def evaluate(
         wrong = [wrong_answers(scores, labels, k) for k in (1, 5)]
         sums += torch.stack((loss, *wrong, torch.ones_like(loss) * len(labels)))
         if keep:
-            kept.append(scores.exp().cpu())
+            kept.append(scores.exp().cpu().numpy())
     if dist.is_initialized():
         dist.all_reduce(sums)
     *totals, count = sums.tolist()
@@ -106,7 +107,7 @@ def evaluate(
         raise TrainingError(
             f"{count:.0f} samples were predicted, and the split has {len(split.labels)}"
         )
-    probabilities = _gathered(torch.cat(kept).numpy()) if keep else None
+    probabilities = _gathered(kept) if keep else None
     return Evaluated(Evaluation(*(total / count for total in totals)), probabilities)
 
 
@@ -125,10 +126,11 @@ def _share(count: int) -> range:
     return range(rank * count // processes, (rank + 1) * count // processes)
 
 
-def _gathered(part: NDArray[np.float32]) -> NDArray[np.float32] | None:
+def _gathered(part: list[NDArray[np.float32]]) -> NDArray[np.float32] | None:
+    """All processes' batches on the first; one that has no share of the samples has none."""
     if not dist.is_initialized():
-        return part
+        return np.concatenate(part)
     first = dist.get_rank() == 0
-    parts: list[NDArray[np.float32]] = [part] * dist.get_world_size()
+    parts = [part] * dist.get_world_size()
     dist.gather_object(part, parts if first else None)
-    return np.concatenate(parts) if first else None
+    return np.concatenate(list(chain.from_iterable(parts))) if first else None

@@ -29,7 +29,7 @@ from alexkern.models import AlexNet, get_preset
 from alexkern.optim import KrizhevskySGD, weights_and_biases
 from alexkern.predictions import Predictions
 from alexkern.training import checkpoint
-from alexkern.training.errors import StoppedError, UsageError
+from alexkern.training.errors import DivergedError, StoppedError, UsageError
 from alexkern.training.evaluation import Evaluated, centre_crop, evaluate, ten_crops
 from alexkern.training.forward import Forward
 from alexkern.training.metrics import Evaluation, LayerChange, Measured, Meter, MetricsFile, Row
@@ -68,7 +68,7 @@ class Outlet:
         tensorboard: bool = False,
     ) -> None:
         self.folder, self.stopping = folder, stopping
-        checkpoint.tidy(folder)
+        checkpoint.tidy(folder, step)
         self._metrics = MetricsFile(folder / "metrics.csv", step)
         self._tensorboard = TensorBoard(folder / "tensorboard", step) if tensorboard else None
 
@@ -158,17 +158,22 @@ class Trainer:
             "schedule": self._schedule.state_dict(),
             "meter": self._meter.state_dict(),
             "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
             "evaluated": self._evaluated,
             "best": {**asdict(self.best[0]), "step": self.best[1]} if self.best else {},
             "options": asdict(self._options),
             "class_names": list(self._dataset.class_names),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, training: bool = True) -> None:
         """Continue where ``state`` was taken.
 
+        Args:
+            state: See :meth:`state_dict`.
+            training: Whether to train on, for which an epoch must have as many steps as before.
+
         Raises:
-            UsageError: It was trained on other classes.
+            UsageError: It was trained on other classes, or in epochs of another length.
         """
         here, there = list(self._dataset.class_names), state["class_names"]
         if here != there:
@@ -176,6 +181,12 @@ class Trainer:
                 f"the checkpoint knows {len(there)} classes ({_sample(there)}), "
                 f"--data {self._dataset.name} has {len(here)} ({_sample(here)}): "
                 "give the --data of that run, or start a new one"
+            )
+        if training and state["steps_per_epoch"] != self.steps_per_epoch:
+            raise UsageError(
+                f"an epoch of the checkpoint has {state['steps_per_epoch']} steps, and now "
+                f"{self.steps_per_epoch}: leave --batch-size and --data as they were, or start a "
+                "new run with --weights CHECKPOINT"
             )
         self.model.load_state_dict(state["model"])
         mine = self._optimizer.state_dict()["param_groups"]  # today's options
@@ -235,11 +246,12 @@ class Trainer:
 
         Raises:
             StoppedError: ``stopping`` said so.
+            DivergedError: The loss is not finite.
         """
         self.model.eval()
         options = self._options
         with self._timed("evaluation"):
-            return evaluate(
+            evaluated = evaluate(
                 self._forward,
                 self._dataset.val,
                 (ten_crops if ten_crop else centre_crop)(self._margin),
@@ -250,6 +262,12 @@ class Trainer:
                 keep=keep,
                 stopping=stopping,
             )
+        if not math.isfinite(loss := evaluated.evaluation.loss):
+            raise DivergedError(
+                f"the held-out loss is {loss} after step {self.step}: the network has diverged; "
+                "go on from an earlier checkpoint, with a lower --lr"
+            )
+        return evaluated
 
     def predictions(self, probabilities: NDArray[np.float32], views: int) -> Predictions:
         """What :meth:`evaluate` kept, with its labels.
@@ -270,6 +288,8 @@ class Trainer:
         if self._options.target:
             lines.append(f"to be reached: {self._options.target}")
         whole = sum(self._seconds.values())
+        if not whole:
+            return "\n".join([*lines, f"nothing was left to do after step {self.step}"])
         parts = [f"{name} {seconds / whole:.0%}" for name, seconds in self._seconds.items()]
         lines.append(f"time: {whole:.1f} s, of it {', '.join(parts)}")
         if self._seconds["waiting for data"] > 0.2 * whole:
@@ -337,10 +357,10 @@ class Trainer:
         """Evaluate, write and save; at the end of the run, which may be within an epoch, too."""
         measured = self._meter.read()
         evaluation = self.evaluate(stopping=outlet.stopping).evaluation
-        if self._is_epoch_end:
-            self._schedule.observe(evaluation.top1_error)
         changes = self._layer_changes()
         self._write(outlet, measured, evaluation)
+        if self._is_epoch_end:  # after the row, which has the rate of the last step
+            self._schedule.observe(evaluation.top1_error)
         for change in changes:
             print(f"  {change}", flush=True)
         outlet.write_network(self.step, changes, self.model.conv1.weight)
@@ -365,7 +385,7 @@ class Trainer:
         path = folder / name if name else checkpoint.path_at(folder, self.step)
         with self._timed("saving"):
             save_torch(self.state_dict(), path)
-            checkpoint.tidy(folder)
+            checkpoint.tidy(folder, self.step)
 
     def _write(self, outlet: Outlet, measured: Measured, evaluation: Evaluation | None) -> None:
         """The row of metrics after ``step`` steps, which is printed as well."""

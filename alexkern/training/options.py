@@ -1,6 +1,7 @@
 """What a run is told to do: from the command line, a file, a checkpoint, or the preset."""
 
 import json
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ CHOICES = {
     "dropout_mode": ("paper", "inverted"),
     "colour_noise": ("none", "stdev", "fbresnet", "literal"),
 }
+_AT_LEAST_ONE = ("epochs", "batch_size", "crop_offsets", "crop_chunk", "print_freq")
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,16 @@ def resolve(given: Mapping[str, Any], saved: Mapping[str, Any]) -> Options:
         saved: Options of the checkpoint that is resumed. They win over the defaults.
 
     Raises:
-        UsageError: A value that cannot be, or another preset than the checkpoint's.
+        UsageError: A value that cannot be, or another network than the checkpoint's.
     """
     from alexkern.models import get_preset
 
-    if saved and given.get("preset", saved["preset"]) != saved["preset"]:
-        raise UsageError(
-            f"the checkpoint holds preset {saved['preset']!r}, not {given['preset']!r}: "
-            "leave --preset out, or start a new run"
-        )
+    for name in ("preset", "weights"):
+        if name in saved and given.get(name, saved[name]) != saved[name]:
+            raise UsageError(
+                f"the checkpoint's run has {name} {saved[name]!r}, not {given[name]!r}: "
+                f"leave --{name} out, or start a new run"
+            )
     chosen = {**saved, **given}
     data = chosen.setdefault("data", "digits")
     chosen.setdefault("preset", "mini" if data in SMALL_SETS else "paper")
@@ -186,10 +189,11 @@ def _check(options: Options, offsets: int) -> None:
             raise UsageError(
                 f"{name} must be one of {', '.join(choices)}, got {getattr(options, name)!r}"
             )
-    for name in ("epochs", "batch_size", "crop_chunk", "print_freq"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"{name} must be at least 1, got {getattr(options, name)}")
-    if options.crop_offsets is not None and not 1 <= options.crop_offsets <= offsets:
+    for name, value in asdict(options).items():
+        least = int(name in _AT_LEAST_ONE)
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise UsageError(f"{name} must be a finite number of at least {least}, got {value}")
+    if options.crop_offsets is not None and options.crop_offsets > offsets:
         raise UsageError(
             f"crop_offsets must be 1 to {offsets}, the positions that preset {options.preset!r} "
             f"has for a crop, got {options.crop_offsets}"

@@ -75,7 +75,7 @@ class Plateau(Schedule):
         improved = error < self.best - _IMPROVEMENT
         self.best = min(self.best, error)
         self.waited = 0 if improved else self.waited + 1
-        if self.waited == self.patience:
+        if self.waited >= self.patience:  # beyond, if it was lowered since
             self.waited, self.plateaus = 0, self.plateaus + 1
 
     @property

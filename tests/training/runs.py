@@ -16,13 +16,14 @@ from alexkern.training.options import resolve
 ROOT = Path(__file__).parents[2]
 
 
-def small_dataset(classes: int = 3) -> Dataset:
-    """Noise on red, green, blue or grey: 40 images to train on and 10 held out."""
+def small_dataset(classes: int = 3, held_out: int = 10) -> Dataset:
+    """Noise on red, green, blue or grey: 40 images to train on, and up to 10 held out."""
     images = np.random.default_rng(0).integers(0, 150, (50, 36, 36, 3), np.uint8)
     labels = np.arange(50) % classes
     images += (100 * np.eye(4, 3, dtype=np.uint8))[labels][:, None, None]
     names = tuple(f"class {label}" for label in range(classes))
-    train, val = Split(images[:40], labels[:40]), Split(images[40:], labels[40:])
+    until = 40 + held_out
+    train, val = Split(images[:40], labels[:40]), Split(images[40:until], labels[40:until])
     colours = principal_colours(np.cov(images[:40].reshape(-1, 3).T))
     mean = images[:40].mean(0, dtype=np.float32)
     return Dataset("colours", names, train, val, True, mean, colours)

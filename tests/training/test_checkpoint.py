@@ -95,12 +95,23 @@ def test_no_checkpoint_is_none_and_only_damaged_ones_an_error(tmp_path):
 
 
 def test_old_and_half_written_ones_go(tmp_path):
-    for name in (
-        *("checkpoint-00000001.pt", "checkpoint-00000002.pt", "checkpoint-00000010.pt"),
-        *("best.pt", "checkpoint-00000011.pt.4711.tmp", "notes.txt"),
-    ):
-        (tmp_path / name).touch()
-    checkpoint.tidy(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        *("best.pt", "checkpoint-00000002.pt", "checkpoint-00000010.pt", "notes.txt"),
+    """And those of later steps; but nothing of the user's, or of a process beside this one."""
+    stay = [
+        *("best.pt", "checkpoint-00000002.pt", "checkpoint-00000010.pt"),
+        *("notes.txt", "notes.tmp", "predictions.npz.4711.tmp", "checkpoint-mine.pt"),
     ]
+    go = [
+        *("checkpoint-00000001.pt", "checkpoint-00000011.pt", "checkpoint-00000020.pt"),
+        *("checkpoint-00000011.pt.4711.tmp", "best.pt.4711.tmp", "metrics.csv.4711.tmp"),
+    ]
+    for name in (*stay, *go):
+        (tmp_path / name).touch()
+    checkpoint.tidy(tmp_path, 10)
+    assert {file.name for file in tmp_path.iterdir()} == set(stay)
+
+
+def test_a_copy_under_another_name_is_not_the_newest(tmp_path, state):
+    for name in ("checkpoint-00000010.pt", "checkpoint-mine.pt", "checkpoint-00000010.old.pt"):
+        save_torch(state, tmp_path / name)
+    path, _ = checkpoint.load_newest(tmp_path, print)
+    assert path.name == "checkpoint-00000010.pt"

@@ -79,10 +79,10 @@ def test_it_stops_when_asked():
 PROGRAM = """
 import json, sys
 import torch
-from runs import small_trainer
+from runs import small_dataset, small_trainer
 from alexkern.training.processes import joined
 with joined(torch.device("cpu")) as process:
-    trainer = small_trainer(batch_size=3)
+    trainer = small_trainer(small_dataset(held_out=int(sys.argv[2])), batch_size=3)
     evaluation, kept = trainer.evaluate(keep=True)
     kept = None if kept is None else kept.tolist()
     with open(f"{sys.argv[1]}/{process.rank}.json", "w") as file:
@@ -90,18 +90,21 @@ with joined(torch.device("cpu")) as process:
 """
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_any_number_of_processes_counts_each_sample_once(tmp_path, processes):
-    """Ten samples: shares of 5 and 5, or of 2, 3, 2 and 3, in batches of 3."""
+@pytest.mark.parametrize(
+    ("processes", "images"), [(2, 10), (3, 2), pytest.param(4, 10, marks=pytest.mark.slow)]
+)
+def test_any_number_of_processes_counts_each_sample_once(tmp_path, processes, images):
+    """Shares of 5 and 5, of 2, 3, 2 and 3, or of 0, 1 and 1, in batches of 3."""
     (tmp_path / "program.py").write_text(PROGRAM)
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     subprocess.run(
-        [sys.executable, *command, str(tmp_path / "program.py"), str(tmp_path)],
+        [sys.executable, *command, str(tmp_path / "program.py"), str(tmp_path), str(images)],
         env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests/training", "OMP_NUM_THREADS": "1", "PATH": ""},
         check=True,
         capture_output=True,
     )
-    alone, kept = small_trainer(batch_size=3).evaluate(keep=True)
+    dataset = small_dataset(held_out=images)
+    alone, kept = small_trainer(dataset, batch_size=3).evaluate(keep=True)
     assert kept is not None
     for rank in range(processes):
         loss, error, probabilities = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -1,3 +1,4 @@
+import math
 from dataclasses import fields
 
 import pytest
@@ -72,9 +73,16 @@ def test_bad_files_are_one_line(tmp_path, text, words):
         ({"colour_noise": "much"}, "colour_noise must be one of none, stdev"),
         ({"schedule": "never"}, "no learning rate schedule 'never'"),
         ({"bias_schedule": "never"}, "no learning rate schedule 'never'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a finite number of at least 1, got 0"),
         ({"crop_offsets": 6}, "crop_offsets must be 1 to 5"),
-        ({"crop_chunk": 0}, "crop_chunk must be at least 1"),
+        ({"crop_offsets": 0}, "crop_offsets must be a finite number of at least 1"),
+        ({"crop_chunk": 0}, "crop_chunk must be a finite number of at least 1"),
+        ({"lr": -0.1}, "lr must be a finite number of at least 0, got -0.1"),
+        ({"lr": math.nan}, "lr must be a finite number of at least 0, got nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be a finite number of at least 0"),
+        ({"seed": -1}, "seed must be a finite number of at least 0"),
+        ({"workers": -1}, "workers must be a finite number of at least 0"),
+        ({"conv1_epochs": -1}, "conv1_epochs must be a finite number of at least 0"),
         ({"preset": "papr"}, "unknown preset 'papr'"),
     ],
 )

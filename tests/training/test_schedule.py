@@ -90,6 +90,16 @@ def test_plateau_state():
     other.load_state_dict(make_schedule("fixed", 9).state_dict())  # a run that changed its mind
 
 
+def test_less_patience_than_was_had_already():
+    """A run that is resumed with a lower number, after 4 epochs without improvement."""
+    one, other = make_schedule("plateau:9", 99), make_schedule("plateau:2", 99)
+    for error in [0.5] * 5:
+        one.observe(error)
+    other.load_state_dict(one.state_dict())
+    other.observe(0.5)
+    assert other.factor(5.0) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(
     "text",
     [

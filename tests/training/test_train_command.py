@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, newest, rows, run_program
+from runs import ROOT, assert_same, newest, rows, run_program
 
 from alexkern.predictions import Predictions
 from alexkern.training.cli import INTERPRETED_STEPS, main
@@ -106,6 +106,44 @@ def test_automatic_resumption_begins_where_there_is_nothing(small, tmp_path, cap
     assert "at step 1" in capsys.readouterr().out
 
 
+def test_automatic_resumption_of_a_run_that_was_killed_before_its_first_checkpoint(
+    small, tmp_path, capsys
+):
+    """Which is written after best.pt."""
+    output = tmp_path / "run"
+    command = [*small, "--epochs", "1", "--output", str(output), "--resume", "auto"]
+    assert main(command) == 0
+    whole = newest(output)
+    for path in output.glob("checkpoint-*.pt"):
+        path.unlink()
+    assert main(command) == 0
+    assert_same(newest(output), whole)
+
+
+def test_a_run_goes_back_only_in_another_folder(small, tmp_path, capsys):
+    """Where its checkpoints are the newest, and the later ones of the first run stay."""
+    output, other = tmp_path / "run", tmp_path / "other"
+    assert main([*small, "--epochs", "3", "--output", str(output)]) == 0
+    back = ["--resume", str(output / "checkpoint-00000006.pt"), "--steps", "7"]
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    for given in ([], ["--output", str(output)]):
+        assert main([*back, *given]) == 2
+        assert "checkpoint-00000009.pt is newer than" in capsys.readouterr().err
+    assert main([*back, "--output", str(other)]) == 0
+    assert newest(other)["step"] == 7
+    assert main([*back, "--output", str(other)]) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_the_newest_file_of_a_run_is_continued_in_its_folder(small, tmp_path):
+    output = tmp_path / "run"
+    assert main([*small, "--epochs", "2", "--output", str(output)]) == 0
+    last = str(output / "checkpoint-00000006.pt")
+    assert main(["--resume", last, "--epochs", "3"]) == 0
+    assert newest(output)["step"] == 9
+
+
 def test_a_damaged_checkpoint_is_passed_over(small, tmp_path, capsys):
     output = tmp_path / "run"
     begin = [*small, "--epochs", "3", "--output", str(output)]
@@ -115,10 +153,12 @@ def test_a_damaged_checkpoint_is_passed_over(small, tmp_path, capsys):
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
     capsys.readouterr()
-    assert main(["--resume", "auto", "--output", str(output), "--steps", "7"]) == 0
+    assert main(["--resume", "auto", "--output", str(output), "--steps", "5"]) == 0
     said = capsys.readouterr()
     assert f"warning: {path} is not a readable checkpoint" in said.err
     assert "checkpoint-00000003.pt at step 3" in said.out
+    assert newest(output)["step"] == 5
+    assert not path.exists()
 
 
 def test_a_file_of_options_and_flags_above_it(small, tmp_path):
@@ -208,17 +248,30 @@ def test_wrong_data_is_one_line_and_exit_code_2(folder):
     assert result.stderr.count("\n") == 1
 
 
-def test_checkpoint_of_another_preset_or_class_count(small, tmp_path, capsys):
+def test_resumption_of_what_cannot_go_on(small, tmp_path, capsys):
     output = str(tmp_path / "run")
     assert main([*small, "--steps", "1", "--output", output]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     capsys.readouterr()
     for arguments, word in (
         (["--resume", "--output", output, "--preset", "paper"], "preset 'mini', not 'paper'"),
+        (["--resume", "--output", output, "--weights", "x.pt"], "weights '', not 'x.pt'"),
         (["--resume", "--output", output, "--data", "digits"], "3 classes"),
+        (["--resume", "--output", output, "-b", "3"], "has 3 steps, and now 4"),
         (["--output", output], "holds a run"),
     ):
         assert main(arguments) == 2
         assert word in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert main(["-e", "--resume", output, "-b", "3"]) == 0
+
+
+def test_a_finished_run_says_so(small, tmp_path, capsys):
+    command = [*small, "--epochs", "1", "--output", str(tmp_path), "--resume"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("time: ")
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing was left to do after step 3"
 
 
 def test_training_by_several_processes_is_refused(small, monkeypatch, capsys):
@@ -230,6 +283,16 @@ def test_training_by_several_processes_is_refused(small, monkeypatch, capsys):
     )
     assert found.returncode != 0
     assert "training takes one process, and WORLD_SIZE is 2" in found.stderr
+
+
+@pytest.mark.parametrize("world", ["2", "many"])
+def test_a_world_without_a_launcher_is_one_line(small, monkeypatch, capsys, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert main(small) == 2
+    err = capsys.readouterr().err
+    assert f"WORLD_SIZE is {world}" in err
+    assert "torchrun" in err
+    assert err.count("\n") == 1
 
 
 # The promises of the main job, in full

@@ -161,6 +161,17 @@ def test_rows_after_the_checkpoint_are_written_anew(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "5", "6", "8", "10"]
 
 
+def test_a_run_that_goes_back_keeps_what_it_saves(tmp_path):
+    """Though there are two checkpoints of later steps."""
+    train(small_trainer(), 5, tmp_path)
+    saved = newest(tmp_path)
+    train(small_trainer(), 15, tmp_path)
+    resumed = small_trainer()
+    resumed.load_state_dict(saved)
+    train(resumed, 7, tmp_path)
+    assert newest(tmp_path)["step"] == 7
+
+
 def test_metrics_have_their_columns_and_an_evaluation_at_each_end(tmp_path):
     trainer = train(small_trainer(lr=0.01), 8, tmp_path)
     written = rows(tmp_path)
@@ -240,6 +251,26 @@ def test_divergence_stops_the_run_and_spares_the_checkpoint(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
 
 
+def test_a_network_that_its_last_step_blew_up_is_not_saved(tmp_path):
+    """Its loss and gradients were finite."""
+    train(small_trainer(), 5, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    wild = small_trainer(lr=1e20)
+    wild.load_state_dict(newest(tmp_path))
+    with pytest.raises(DivergedError, match="the held-out loss is nan after step 6"):
+        train(wild, 6, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
+
+
+def test_epochs_of_another_length_are_refused():
+    """The same step would be in another epoch."""
+    state = small_trainer().state_dict()
+    other = small_trainer(batch_size=10)
+    with pytest.raises(UsageError, match=r"has 5 steps, and now 4: leave --batch-size"):
+        other.load_state_dict(state)
+    other.load_state_dict(state, training=False)
+
+
 def test_other_classes_are_refused():
     state = small_trainer().state_dict()
     with pytest.raises(UsageError, match=r"knows 3 classes \(class 0, .* colours has 4"):
@@ -303,6 +334,13 @@ def test_the_paper_s_heuristic_ends_the_run(tmp_path):
     trainer = train(small_trainer(lr=0.0, schedule="plateau:1", epochs=30), 150, tmp_path)
     assert trainer.step == 5 * 5
     assert trainer.total_steps == 150
+
+
+def test_a_row_has_the_rate_of_its_last_step(tmp_path):
+    """Also where the evaluation of the same step makes it fall: nothing is learnt at this rate."""
+    train(small_trainer(lr=1e-12, schedule="plateau:1"), 15, tmp_path)
+    ends = [row for row in rows(tmp_path) if row["val_loss"]]
+    assert [float(row["learning_rate"]) for row in ends] == pytest.approx([1e-12, 1e-12, 1e-13])
 
 
 def test_options_of_today_win_over_the_checkpoint(tmp_path):
