@@ -91,7 +91,8 @@ with joined(torch.device("cpu")) as process:
 
 
 @pytest.mark.parametrize(
-    ("processes", "images"), [(2, 10), (3, 2), pytest.param(4, 10, marks=pytest.mark.slow)]
+    ("processes", "images"),
+    [(2, 10), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((4, 10), (3, 2)))],
 )
 def test_any_number_of_processes_counts_each_sample_once(tmp_path, processes, images):
     """Shares of 5 and 5, of 2, 3, 2 and 3, or of 0, 1 and 1, in batches of 3."""

@@ -88,7 +88,9 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, undistur
     kill_and_finish(tmp_path, undisturbed, 6, seed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_ends_well(tmp_path, undisturbed, number):
     """To the whole group, as a terminal and a scheduler do; with workers, who leave it alone."""
     process = start_program(*RUN, "-j", "2", "--output", str(tmp_path), start_new_session=True)
