@@ -115,7 +115,9 @@ def _log_probabilities(forward: Forward, images: Tensor, views: list[View]) -> T
     """Logarithm of the mean over views of the probabilities, [B, classes]."""
     scores = []
     for top, left, flip in views:
-        corners = torch.tensor([[top, left]]).to(images.device).expand(len(images), 2)
+        # filled on the device: a copy from the host would wait for all that it has yet to do
+        corners = torch.full((len(images), 2), top, device=images.device)
+        corners[:, 1] = left
         flips = torch.full((len(images),), flip, device=images.device)
         scores.append(F.log_softmax(forward(images, corners, flips), 1))
     return torch.stack(scores).logsumexp(0) - float(np.log(len(views)))
