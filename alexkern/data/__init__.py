@@ -6,6 +6,7 @@ from alexkern.data.batches import (
     Batches,
     evaluation_batches,
     iterate,
+    on_device,
     to_device,
     training_batches,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "evaluation_batches",
     "iterate",
     "load_dataset",
+    "on_device",
     "principal_colours",
     "to_device",
     "training_batches",

@@ -1,9 +1,10 @@
 """Order, augmentation and batches: pure functions of (seed, epoch, sample)."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ def evaluation_batches(
 
 def iterate(
     batches: Batches, workers: int = 0, pin_memory: bool = False, first: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches ``first``, ``first + 1``, ... in order, made ahead by worker processes.
 
     Args:
@@ -163,7 +164,7 @@ def iterate(
         first: Number of batches to leave out.
 
     Raises:
-        DataError: An image cannot be decoded.
+        DataError: An image cannot be decoded, or there is too little shared memory.
         RuntimeError: A worker process has died ("DataLoader worker ..."); raised at any time.
     """
     loader = torch.utils.data.DataLoader(
@@ -172,12 +173,31 @@ def iterate(
         sampler=range(first, len(batches)),
         num_workers=workers,
         pin_memory=pin_memory,
+        collate_fn=_shared if workers else None,
         worker_init_fn=_leave_signals_to_the_parent,
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    made = iter(loader)
+    try:
+        for batch in made:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        if workers:  # a worker's exception would keep them, with its traceback
+            made._shutdown_workers()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def on_device(
+    batches: Batches, workers: int, device: torch.device, first: int = 0
+) -> Iterator[Iterator[Batch]]:
+    """Batches as :func:`iterate` and :func:`to_device` hand them out, while this context is open.
+
+    However it is left, its worker processes end: they heed no signal, and an interpreter that
+    exits would wait for them.
+    """
+    with closing(iterate(batches, workers, device.type == "cuda", first)) as made:
+        yield to_device(made, device)
 
 
 def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -207,6 +227,19 @@ def _received(batch: Batch, copied: torch.cuda.Event, stream: torch.cuda.Stream)
     stream.wait_event(copied)
     for tensor in batch:
         tensor.record_stream(stream)  # its memory is the other stream's
+    return batch
+
+
+def _shared(batch: Any) -> Any:
+    """The batch in shared memory, where a worker would put it later, and fail unheard."""
+    try:
+        for tensor in batch if isinstance(batch, Batch) else ():
+            tensor.share_memory_()
+    except RuntimeError as error:
+        return DataError(
+            f"no shared memory for a batch ({error}): a larger /dev/shm (docker run --shm-size) or "
+            "fewer --workers help"
+        )
     return batch
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from alexkern.training.errors import TrainingError, UsageError
+from alexkern.training.errors import StoppedError, TrainingError, UsageError
 from alexkern.training.options import CHOICES, Options, read_config, resolve
 
 if TYPE_CHECKING:
@@ -40,8 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # OpenMP's threads spin while they wait for each other, which on a machine that does anything
     # else makes small networks ten times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Imported late: --help need not wait for torch, and run() decides how triton is imported.
+    try:
+        return _explaining(parsed)
+    except KeyboardInterrupt:  # also while torch is imported
+        return _complain("interrupted before there was anything to save", 130)
 
+
+def _explaining(parsed: argparse.Namespace) -> int:
+    """Run; what a user can mend is one line and an exit code."""
+    # Imported late: --help need not wait for torch, and run() decides how triton is imported.
     from alexkern.data import DataError
 
     try:
@@ -55,10 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"{explained}; the last checkpoint is whole", 1)
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
         return _complain(f"cannot go on ({what}); the last checkpoint is whole", 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted before the first step", 130)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -67,6 +72,10 @@ def run(parsed: argparse.Namespace) -> int:
 
     resumed = _resumed(parsed)
     options = resolve(_given(parsed), resumed[1]["options"] if resumed else {})
+    if parsed.evaluate and not resumed and not options.weights:
+        raise UsageError(
+            "--evaluate needs a trained network: add --resume CHECKPOINT or --weights FILE"
+        )
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     interpreted = options.kernels == "triton" and device.type == "cpu"
     if interpreted:
@@ -103,15 +112,15 @@ def run(parsed: argparse.Namespace) -> int:
         print(f"writing to {folder}", flush=True)
         with StopSignal() as stop:
             outlet = Outlet(folder, trainer.step, lambda: bool(stop), parsed.tensorboard)
-            if not trainer.train(last_step, outlet):
-                print(
-                    f"stopped by {stop.received} after step {trainer.step}, and saved: continue "
-                    f"with --resume --output {folder}"
-                )
-                return 0
-            if parsed.ten_crop or parsed.predictions:
-                _evaluate(parsed, trainer, process)
-        print(trainer.summary())
+            done = trainer.train(last_step, outlet)
+            if done and (parsed.ten_crop or parsed.predictions):
+                done = _evaluate(parsed, trainer, process, outlet.stopping)
+        print(
+            trainer.summary()
+            if done
+            else f"stopped by {stop.received} after step {trainer.step}, and saved: continue with "
+            f"--resume --output {folder}"
+        )
     return 0
 
 
@@ -141,16 +150,29 @@ def _set_switches(options: Options) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _evaluate(parsed: argparse.Namespace, trainer: "Trainer", process: "Process") -> None:
-    """Print errors of central crops or of ten, and write the predictions if that is asked for."""
-    evaluation, probabilities = trainer.evaluate(
-        ten_crop=parsed.ten_crop, keep=bool(parsed.predictions)
-    )
+def _evaluate(
+    parsed: argparse.Namespace,
+    trainer: "Trainer",
+    process: "Process",
+    stopping: Callable[[], object] = lambda: False,
+) -> bool:
+    """Print errors of central crops or of ten, and write the predictions if that is asked for.
+
+    Returns:
+        False if it was asked to stop before.
+    """
+    try:
+        evaluation, probabilities = trainer.evaluate(
+            ten_crop=parsed.ten_crop, keep=bool(parsed.predictions), stopping=stopping
+        )
+    except StoppedError:
+        return False
     _say(process, f"{'ten crops' if parsed.ten_crop else 'central crop'}: {evaluation}")
     if parsed.predictions and probabilities is not None:
         path = Path(parsed.predictions)
         trainer.predictions(probabilities, 10 if parsed.ten_crop else 1).save(path)
         _say(process, f"wrote {path}")
+    return True
 
 
 def _resumed(parsed: argparse.Namespace) -> "tuple[Path, dict[str, Any]] | None":
@@ -158,10 +180,6 @@ def _resumed(parsed: argparse.Namespace) -> "tuple[Path, dict[str, Any]] | None"
     from alexkern.training import checkpoint
 
     if parsed.resume is None:
-        if parsed.evaluate and not parsed.weights:
-            raise UsageError(
-                "--evaluate needs a trained network: add --resume CHECKPOINT or --weights FILE"
-            )
         return None
     automatic = parsed.resume == "auto"
     if automatic and parsed.output is None:
@@ -266,11 +284,14 @@ def _explained(error: BaseException) -> str:
     """What torch says about memory and workers, in a line with advice; empty for the rest."""
     import torch
 
-    reason = (str(error).strip() or "MemoryError").split("\n")[0]
-    # torch's error on a CPU has no type of its own
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in reason:
+    first, *others = (str(error).strip() or "MemoryError").split("\n")
+    in_worker = "DataLoader worker" in first
+    reason = others[-1] if others and in_worker else first  # below the worker's traceback
+    # not all of torch's errors of this kind have a type of their own
+    by_name = any(words in reason for words in ("allocate memory", "out of memory"))
+    if by_name or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory ({reason}): a smaller --batch-size or --amp bf16 needs less"
-    if "DataLoader worker" in reason:
+    if in_worker:
         return (
             f"a process that makes batches has died ({reason}): where memory is short, fewer "
             "--workers or a larger /dev/shm help (docker run --shm-size)"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alexkern.data import Split, evaluation_batches, iterate, to_device
+from alexkern.data import Split, evaluation_batches, on_device
 from alexkern.training.errors import StoppedError, TrainingError
 from alexkern.training.forward import Forward
 from alexkern.training.metrics import Evaluation, wrong_answers
@@ -86,20 +86,20 @@ def evaluate(
         StoppedError: ``stopping`` said so.
         TrainingError: The processes did not predict as many samples as there are.
     """
-    samples = _share(len(split.labels))
-    batches = evaluation_batches(split, stored_size, batch_size, samples)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     kept: list[NDArray[np.float32]] = []
-    for batch in to_device(iterate(batches, workers, device.type == "cuda"), device):
-        if stopping():
-            raise StoppedError
-        scores = _log_probabilities(forward, batch.images, views)
-        labels = batch.labels
-        loss = F.nll_loss(scores, labels, reduction="sum")
-        wrong = [wrong_answers(scores, labels, k) for k in (1, 5)]
-        sums += torch.stack((loss, *wrong, torch.ones_like(loss) * len(labels)))
-        if keep:
-            kept.append(scores.exp().cpu().numpy())
+    share = evaluation_batches(split, stored_size, batch_size, _share(len(split.labels)))
+    with on_device(share, workers, device) as batches:
+        for batch in batches:
+            if stopping():
+                raise StoppedError
+            scores = _log_probabilities(forward, batch.images, views)
+            labels = batch.labels
+            loss = F.nll_loss(scores, labels, reduction="sum")
+            wrong = [wrong_answers(scores, labels, k) for k in (1, 5)]
+            sums += torch.stack((loss, *wrong, torch.ones_like(loss) * len(labels)))
+            if keep:
+                kept.append(scores.exp().cpu().numpy())
     if dist.is_initialized():
         dist.all_reduce(sums)
     *totals, count = sums.tolist()
@@ -115,7 +115,9 @@ def _log_probabilities(forward: Forward, images: Tensor, views: list[View]) -> T
     """Logarithm of the mean over views of the probabilities, [B, classes]."""
     scores = []
     for top, left, flip in views:
-        corners = torch.tensor([[top, left]]).to(images.device).expand(len(images), 2)
+        # filled on the device: a copy from the host would wait for all that it has yet to do
+        corners = torch.full((len(images), 2), top, device=images.device)
+        corners[:, 1] = left
         flips = torch.full((len(images),), flip, device=images.device)
         scores.append(F.log_softmax(forward(images, corners, flips), 1))
     return torch.stack(scores).logsumexp(0) - float(np.log(len(views)))

@@ -20,8 +20,7 @@ from alexkern.data import (
     Batches,
     Dataset,
     derive_seed,
-    iterate,
-    to_device,
+    on_device,
     training_batches,
 )
 from alexkern.files import save_torch
@@ -309,29 +308,28 @@ class Trainer:
         epoch, first = divmod(self.step, self.steps_per_epoch)
         end = min((epoch + 1) * self.steps_per_epoch, last_step)
         step, sentinel = self._make_step(epoch), Sentinel()
-        batches = iterate(
-            self._training_batches(epoch), options.workers, self._device.type == "cuda", first
-        )
         saved = time.monotonic()
-        for batch in self._meter.timed(islice(to_device(batches, self._device), end - self.step)):
-            if outlet.stopping():
-                sentinel.check()
-                raise StoppedError
-            step.set_rates(self._rates(self.step))
-            seeds = [derive_seed(options.seed, "dropout", self.step, layer) for layer in (0, 1)]
-            outcome = step(batch, seeds)
-            self._meter.add(outcome.sums, len(batch.labels))
-            self.step += 1
-            sentinel.note(self.step, outcome)
-            if self.step < end and self.step % options.print_freq == 0:
-                sentinel.check()
-                self._write(outlet, self._meter.read(), None)
-                self._meter.reset()
-            if self.step < end and time.monotonic() - saved >= 60 * options.save_minutes:
-                sentinel.check()
-                with self._meter.paused():
-                    self._save(outlet.folder)
-                saved = time.monotonic()
+        of_epoch = self._training_batches(epoch)
+        with on_device(of_epoch, options.workers, self._device, first) as batches:
+            for batch in self._meter.timed(islice(batches, end - self.step)):
+                if outlet.stopping():
+                    sentinel.check()
+                    raise StoppedError
+                step.set_rates(self._rates(self.step))
+                seeds = [derive_seed(options.seed, "dropout", self.step, layer) for layer in (0, 1)]
+                outcome = step(batch, seeds)
+                self._meter.add(outcome.sums, len(batch.labels))
+                self.step += 1
+                sentinel.note(self.step, outcome)
+                if self.step < end and self.step % options.print_freq == 0:
+                    sentinel.check()
+                    self._write(outlet, self._meter.read(), None)
+                    self._meter.reset()
+                if self.step < end and time.monotonic() - saved >= 60 * options.save_minutes:
+                    sentinel.check()
+                    with self._meter.paused():
+                        self._save(outlet.folder)
+                    saved = time.monotonic()
         sentinel.check()
 
     def _make_step(self, epoch: int) -> Step:

@@ -87,7 +87,7 @@ class LayerChange:
 
 
 class MetricsFile:
-    """metrics.csv: each row is on disk when it has been written.
+    """metrics.csv: each row is in the file when it has been written.
 
     Args:
         path: The file.
@@ -100,10 +100,14 @@ class MetricsFile:
         names = [field.name for field in fields(Row)]
         kept = []
         if step and path.exists():
-            with open(path, newline="") as file:
-                # a line that a crash cut short does not end
+            # A line that a crash cut short does not end; after a power cut it may be anything.
+            with open(path, newline="", errors="replace") as file:
                 whole = [line for line in file if line.endswith("\n")]
-            kept = [row for row in csv.reader(whole[1:]) if int(row[0]) <= step]
+            kept = [
+                row
+                for row in csv.reader(whole[1:])
+                if len(row) == len(names) and row[0].isdecimal() and int(row[0]) <= step
+            ]
         text = io.StringIO(newline="")
         csv.writer(text).writerows([names, *kept])
         with replacing(path) as whole_file:

@@ -1,3 +1,5 @@
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from alexkern.data import (
     evaluation_batches,
     iterate,
     load_dataset,
-    to_device,
+    on_device,
     training_batches,
 )
 
@@ -172,16 +174,27 @@ def test_a_bad_image_stops_the_run_with_its_one_line(workers):
     assert str(error.value) == "cannot decode x.png"
 
 
-def test_batches_reach_the_device_in_order(device):
-    batches = epoch(colour_noise=np.eye(3))
-    sent = (
-        list(to_device(iter([batch.pin_memory() for batch in batches]), device))
-        if (device.type == "cuda")
-        else list(to_device(iter(batches), device))
-    )
-    for ours, theirs in zip(sent, batches, strict=True):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_reach_the_device_in_order(device, workers):
+    batches = evaluation_batches(SPLIT, SIZE, 16)
+    with on_device(batches, workers, device, first=1) as made:
+        sent = list(made)
+    for ours, theirs in zip(sent, list(iterate(batches))[1:], strict=True):
         assert ours.images.device.type == device.type
         assert all(torch.equal(one.cpu(), other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_workers_end_with_the_context_however_it_is_left():
+    def use():
+        with on_device(evaluation_batches(SPLIT, SIZE, 4), 2, torch.device("cpu")) as made:
+            next(made)
+            assert len(multiprocessing.active_children()) == 2
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError) as kept:
+        use()
+    assert not multiprocessing.active_children()
+    assert kept.tb  # which has the generators
 
 
 def test_digits_reach_the_network_at_unit_scale():

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from alexkern.training.loop import Outlet, Trainer
 from alexkern.training.options import resolve
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = (sys.executable, str(ROOT / "train_alexnet.py"))
 
 
 def small_dataset(classes: int = 3, held_out: int = 10) -> Dataset:
@@ -85,8 +87,8 @@ def results(folder: Path) -> list[dict[str, str]]:
     ]
 
 
-def start_program(*arguments: str, **given) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "train_alexnet.py"), *arguments]
+def start_program(*arguments: str, program: Sequence[str] = PROGRAM, **given) -> subprocess.Popen:
+    command = [*program, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **{**pipes, **given})
 

@@ -121,6 +121,31 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert time.monotonic() - begin < 2
 
 
+def test_a_signal_in_the_last_evaluation_ends_well(tmp_path):
+    """Which takes long, with ten crops; all of the training was saved before."""
+    program = ["--data", "synthetic", "--preset", "mini", "-b", "128", "--steps", "1", "--ten-crop"]
+    process = start_program(*program, "-j", "0", "--output", str(tmp_path))
+    wait_for(has_steps(tmp_path, 1), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stopped by SIGTERM after step 1, and saved" in out
+    assert "ten crops" not in out
+
+
+@pytest.mark.parametrize("seconds", [0.4, 0.8])
+def test_an_interrupted_start_is_one_line(seconds):
+    """Most of the first seconds torch is imported."""
+    begin = "import sys, time; print(flush=True); from alexkern.training.cli import main; "
+    process = start_program(program=[sys.executable, "-c", begin + "sys.exit(main([]))"])
+    assert process.stdout.readline() == "\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "train_alexnet.py: error: interrupted before there was anything to save\n"
+
+
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
@@ -154,6 +179,18 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_too_little_shared_memory_is_one_line(tmp_path):
+    """A batch of 128 crops takes four times what a file, or a piece of such memory, may have."""
+    process = start_program(
+        *RUN, "-j", "2", "--output", str(tmp_path), preexec_fn=limit_files(100_000)
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith("train_alexnet.py: error: no shared memory for a batch (unable to ")
+    assert "File too large (27)): a larger /dev/shm" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
 def test_a_folder_that_cannot_be_written(tmp_path):
     tmp_path.chmod(0o500)
@@ -184,14 +221,30 @@ def test_too_little_memory_is_one_line(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-def test_out_of_memory_on_a_gpu_is_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.\nGPU 0 ..."),
+            "out of memory (CUDA out of memory. Tried to allocate 2 MiB.): a smaller --batch-size",
+        ),
+        (
+            RuntimeError("CUDA error: out of memory\nCompile with ..."),
+            "out of memory (CUDA error: out of memory)",
+        ),
+        (MemoryError(), "out of memory (MemoryError)"),
+        (OSError(28, "No space left on device", "a/b"), "(a/b: No space left on device)"),
+        (OSError("cannot identify"), "cannot go on (cannot identify)"),
+    ],
+)
+def test_what_a_machine_lacks_is_one_line(monkeypatch, capsys, error, words):
     def fail(parsed):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 ...")
+        raise error
 
     monkeypatch.setattr(cli, "run", fail)
     assert cli.main([]) == 1
     err = capsys.readouterr().err
-    assert "out of memory (CUDA out of memory. Tried to allocate 20.00 MiB.)" in err
+    assert words in err
     assert err.count("\n") == 1
 
 
@@ -219,6 +272,30 @@ def test_a_dead_worker_is_one_line(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "a process that makes batches has died" in err
     assert "fewer --workers" in err
+    assert err.count("\n") == 1
+
+
+# Images cannot be had in other processes than the first.
+FAULTY = """
+import os, sys
+from alexkern.data.built_in import ResizedImages
+from alexkern.training.cli import main
+owner, get = os.getpid(), ResizedImages.__getitem__
+def faulty(self, index):
+    if os.getpid() != owner:
+        raise MemoryError("no room for an image")
+    return get(self, index)
+ResizedImages.__getitem__ = faulty
+sys.exit(main(["-j", "1", "--output", sys.argv[1]]))
+"""
+
+
+def test_a_worker_that_raises_is_one_line_and_no_wait(tmp_path):
+    """The exception's traceback keeps the loader alive, whose workers an exit must end itself."""
+    process = start_program(str(tmp_path), program=(sys.executable, "-c", FAULTY))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "out of memory (MemoryError: no room for an image)" in err
     assert err.count("\n") == 1
 
 

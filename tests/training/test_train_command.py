@@ -179,6 +179,16 @@ def test_a_file_of_options_and_flags_above_it(small, tmp_path):
     assert newest(again)["options"] == newest(output)["options"]
 
 
+def test_weights_that_a_file_of_options_names_are_evaluated(small, tmp_path, capsys):
+    output, config = tmp_path / "run", tmp_path / "mine.toml"
+    assert main([*small, "--steps", "3", "--output", str(output)]) == 0
+    config.write_text(f'weights = "{output / "best.pt"}"\n')
+    capsys.readouterr()
+    assert main(["-e", *small, "--config", str(config)]) == 0
+    error = f"top-1 error {float(rows(output)[-1]['val_top1_error']):.2%}"
+    assert error in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_predictions_of_ten_crops(small, tmp_path, capsys):
     output, path = tmp_path / "run", tmp_path / "predictions.npz"
     assert main([*small, "--steps", "3", "--output", str(output)]) == 0

@@ -154,7 +154,8 @@ def test_rows_after_the_checkpoint_are_written_anew(tmp_path):
     saved = newest(tmp_path)
     train(small_trainer(), 8, tmp_path)
     with open(tmp_path / "metrics.csv", "a") as file:
-        file.write("9,1,0.5")  # torn off by a crash
+        # what a power cut may leave, and a line that a crash cut short
+        file.write("\n4,\x00\x00\n,\n9,1,0.5")
     resumed = small_trainer()
     resumed.load_state_dict(saved)
     train(resumed, 10, tmp_path)
