@@ -50,7 +50,7 @@ def loss(module: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch
     return nn.functional.cross_entropy(module(images), labels)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", pytest.param("torch", marks=pytest.mark.slow)])
 def test_distributed_data_parallel(tmp_path, backend):
     """Two ranks with half of the batch each have the gradients of the whole batch."""
     if backend == "triton" and torch.cuda.is_available():

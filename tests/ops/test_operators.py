@@ -71,7 +71,7 @@ def test_a_mode_sees_one_node_per_pass(triton, operands, case, layout):
         pytest.param("channels_last", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MOST_QUICKLY)
 def test_opcheck(triton, operands, case, layout, dtype):
     """Schema, autograd registration, fake tensors, and ahead-of-time autograd, of every pass."""
     with Seen() as seen:
