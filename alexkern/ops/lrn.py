@@ -84,7 +84,8 @@ class Normalisation(NamedTuple):
 
         The kernels compute it beyond the borders, too, where the sum of squares is zero.
         """
-        return sum(self.reach(channels)) <= WIDEST and self.k > 0 and self.scale >= 0
+        narrow = self.size <= WIDEST or sum(self.reach(channels)) <= WIDEST
+        return narrow and self.k > 0 and self.scale >= 0
 
     def packed(self, channels: int, channels_last: bool) -> bool:
         """Whether eight channels are neighbours in memory: 16 bytes in half precision."""

@@ -70,8 +70,11 @@ def runs_triton(*tensors: "torch.Tensor | None") -> bool:
     backend = current_backend()
     if backend == "torch":
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
     supported = (torch.float32, torch.float16, torch.bfloat16)
-    if any(tensor.dtype not in supported for tensor in given):
-        return False
-    return backend == "triton" or given[0].is_cuda
+    on_gpu = False
+    for tensor in tensors:
+        if tensor is not None:
+            if tensor.dtype not in supported:
+                return False
+            on_gpu = on_gpu or tensor.is_cuda
+    return backend == "triton" or on_gpu

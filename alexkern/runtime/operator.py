@@ -73,7 +73,7 @@ class Operator:
         """Run it, as a node where anybody looks."""
         if torch.compiler.is_compiling():
             return self._overload(*arguments)
-        if _watched() or not all(map(_is_plain, arguments)):
+        if _watched() or not _are_plain(arguments):
             _tell_flop_counters()
             return self._overload(*arguments)
         if _C._any_requires_grad(*arguments) and torch.is_grad_enabled():
@@ -148,12 +148,14 @@ def _has_dual_level() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _is_plain(argument: Any) -> bool:
-    """Whether an argument is what its data pointer says, if it has one."""
-    if not isinstance(argument, Tensor):
-        return True
-    ordinary = type(argument) in _PLAIN and argument.layout is torch.strided
-    return ordinary and not argument.is_neg() and (not argument.is_meta or are_recorded())
+def _are_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether those that are tensors are what their data pointers say."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            ordinary = type(argument) in _PLAIN and argument.layout is torch.strided
+            if not ordinary or argument.is_neg() or (argument.is_meta and not are_recorded()):
+                return False
+    return True
 
 
 def _with_tuples(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
