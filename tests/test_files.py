@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import os
 import random
 from pathlib import Path
 
@@ -16,6 +17,21 @@ def test_a_file_is_there_when_the_block_has_ended(tmp_path: Path) -> None:
         assert not path.exists()
     assert path.read_bytes() == b"all"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then its name: what a machine that loses power at any moment needs."""
+    done = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *given, name=name, call=call: done.append(name) or call(*given)
+        )
+    with replacing(tmp_path / "file") as file:
+        file.write(b"all")
+    assert done == ["fsync", "replace", "fsync"]
 
 
 @pytest.mark.parametrize("stopped_by", [ValueError, KeyboardInterrupt])

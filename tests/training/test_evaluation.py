@@ -8,7 +8,7 @@ import torch
 from runs import ROOT, small_dataset, small_trainer
 
 from alexkern.predictions import Predictions
-from alexkern.training.errors import StoppedError
+from alexkern.training.errors import StoppedError, TrainingError
 from alexkern.training.evaluation import centre_crop, ten_crops
 
 CENTRE = [(2, 2, False)]
@@ -68,6 +68,12 @@ def test_the_predictions_have_the_evaluations_errors(tmp_path):
     assert found.views == 10
     assert found.error(1) == evaluation.top1_error
     assert found.loss() == pytest.approx(evaluation.loss, rel=1e-6)
+
+
+def test_a_sample_that_is_left_out_is_noticed(monkeypatch):
+    monkeypatch.setattr("alexkern.training.evaluation._share", lambda count: range(1, count))
+    with pytest.raises(TrainingError, match="9 samples were predicted, and the split has 10"):
+        small_trainer().evaluate()
 
 
 def test_it_stops_when_asked():

@@ -12,7 +12,9 @@ def test_options_come_from_command_line_then_checkpoint_then_preset():
     options = resolve({"lr": 0.25}, saved)
     assert (options.lr, options.seed, options.batch_size) == (0.25, 4, 32)
     assert resolve({}, {}).preset == "mini"
+    assert resolve({}, {}).workers == 0
     assert resolve({"data": "synthetic"}, {}).preset == "paper"
+    assert resolve({"data": "synthetic"}, {}).workers > 0
 
 
 def test_defaults_of_the_paper_are_its_recipe():

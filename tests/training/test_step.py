@@ -69,6 +69,16 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_velocity(device, amp
     assert all(map(torch.equal, velocities, after))
 
 
+def test_a_loss_that_alone_is_not_finite_changes_no_weight(device):
+    """A class that has no probability has finite gradients."""
+    step, model, batch = parts(device)
+    with torch.no_grad():
+        model.fc8.bias[batch.labels[0]] = -math.inf
+    before = weights(model)
+    assert step(batch, [1, 2]).finite.tolist() == [False, True]
+    assert all(map(torch.equal, before, weights(model)))
+
+
 def _zero(tensor):
     return torch.zeros(1, dtype=torch.int64, device=tensor.device)
 

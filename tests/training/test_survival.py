@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, starved and poisoned, as users' are."""
 
+import itertools
 import os
 import random
 import resource
@@ -147,13 +148,16 @@ def test_an_interrupted_start_is_one_line(seconds):
 
 
 def test_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM)
+    def before(number, frame):
+        raise AssertionError
+
+    default = signal.signal(signal.SIGTERM, before)
     with StopSignal() as stop:
         assert not stop
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop
         assert stop.received == "SIGTERM"
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.signal(signal.SIGTERM, default) is before
 
 
 def limit_files(size):
@@ -312,13 +316,19 @@ def test_a_loss_that_is_not_finite_is_one_line_and_spares_the_checkpoint(tmp_pat
     assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
 
 
-def test_one_bad_pixel_value_is_found_by_the_gate(tmp_path):
-    """A mean image with a NaN, as of a damaged store: no weight learns from it."""
+@pytest.mark.parametrize("stops", [False, True])
+def test_one_bad_pixel_value_is_found_by_the_gate(tmp_path, stops):
+    """A mean image with a NaN, as of a damaged store: no weight learns from it.
+
+    The run says so and saves nothing, whether it should save after every step, or stop.
+    """
     dataset = small_dataset()
     mean = dataset.mean.copy()
     mean[10, 10, 1] = np.nan
-    trainer = small_trainer(replace(dataset, mean=mean))
+    trainer = small_trainer(replace(dataset, mean=mean), save_minutes=60.0 * stops)
+    answers = itertools.chain([False], itertools.repeat(stops))
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     with pytest.raises(RuntimeError, match="the loss is nan at step 1"):
-        train(trainer, 5, tmp_path)
+        train(trainer, 5, tmp_path, stopping=lambda: next(answers))
     assert all(map(torch.equal, before, trainer.model.parameters()))
+    assert not list(tmp_path.glob("*.pt"))

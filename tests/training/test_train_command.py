@@ -189,6 +189,15 @@ def test_weights_that_a_file_of_options_names_are_evaluated(small, tmp_path, cap
     assert error in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_deterministic_run_asks_torch_for_it(small, tmp_path):
+    try:
+        assert main([*small, "--deterministic", "--steps", "1", "--output", str(tmp_path)]) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_predictions_of_ten_crops(small, tmp_path, capsys):
     output, path = tmp_path / "run", tmp_path / "predictions.npz"
     assert main([*small, "--steps", "3", "--output", str(output)]) == 0

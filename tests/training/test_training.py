@@ -1,4 +1,7 @@
+import itertools
 import math
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +16,11 @@ from runs import (
     train,
 )
 
+from alexkern.models import get_preset
 from alexkern.training import loop
 from alexkern.training.errors import DivergedError, UsageError
 from alexkern.training.metrics import LayerChange, Meter, wrong_answers
+from alexkern.training.utilisation import Utilisation, training_flops
 
 COLUMNS = [
     *("step", "epoch", "train_loss", "train_top1_error"),
@@ -53,6 +58,14 @@ def test_meter_continues_with_the_means_but_not_with_the_speed():
         meter.add(torch.tensor([5.0, 1.0]), 1)
     assert other.read().train_loss == one.read().train_loss == 2.0
     assert (one.read().images, other.read().images) == (4, 1)
+
+
+def test_what_a_meter_pauses_for_takes_no_time():
+    meter = Meter(torch.device("cpu"))
+    meter.add(torch.tensor([3.0, 1.0]), 3)
+    with meter.paused():
+        time.sleep(0.2)
+    assert meter.read().seconds < 0.1
 
 
 # The loop
@@ -162,6 +175,16 @@ def test_rows_after_the_checkpoint_are_written_anew(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "5", "6", "8", "10"]
 
 
+def test_checkpoints_within_an_epoch_are_minutes_apart(tmp_path, monkeypatch):
+    """On a clock that goes 30 seconds between two steps; and two files at the end."""
+    saved, clock = [], itertools.count(0, 30)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    trainer = small_trainer(save_minutes=1.0)
+    monkeypatch.setattr(trainer, "_save", lambda *_: saved.append(trainer.step))
+    train(trainer, 4, tmp_path)
+    assert saved == [2, 4, 4]
+
+
 def test_a_run_that_goes_back_keeps_what_it_saves(tmp_path):
     """Though there are two checkpoints of later steps."""
     train(small_trainer(), 5, tmp_path)
@@ -204,7 +227,7 @@ def test_it_learns(tmp_path):
 
 
 def test_the_best_network_is_kept(tmp_path, monkeypatch):
-    errors = iter([0.5, 0.3, 0.4])
+    errors = iter([0.5, 0.3, 0.4, 0.3])
     evaluate = loop.evaluate
 
     def fake(*arguments, **given):
@@ -213,7 +236,7 @@ def test_the_best_network_is_kept(tmp_path, monkeypatch):
         return found._replace(evaluation=better)
 
     monkeypatch.setattr(loop, "evaluate", fake)
-    trainer = train(small_trainer(), 15, tmp_path)
+    trainer = train(small_trainer(), 20, tmp_path)
     best = loop.checkpoint.load(tmp_path / "best.pt")
     assert (best["step"], best["best"]["top1_error"], best["best"]["step"]) == (10, 0.3, 10)
     assert newest(tmp_path)["best"] == best["best"]
@@ -320,6 +343,24 @@ def test_crop_offsets_and_chunks_reach_the_batches():
     assert (batches.corners[:4] == batches.corners[0]).all()
 
 
+@pytest.mark.parametrize("flip", [True, False])
+def test_images_are_mirrored_where_that_shows_the_same(flip):
+    trainer = small_trainer(replace(small_dataset(), flip=flip))
+    assert trainer._training_batches(0).flips.any() == flip
+
+
+def test_the_seed_decides_on_initial_weights_and_dropout(tmp_path, monkeypatch):
+    one, same, other = (small_trainer(seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.model.fc6.weight, same.model.fc6.weight)
+    assert not torch.equal(one.model.fc6.weight, other.model.fc6.weight)
+    seen = []
+    for trainer in (one, other):
+        trainer.model.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+        train(trainer, 3, tmp_path / str(trainer))
+    given = torch.cat([seeds for seeds in seen if seeds is not None])
+    assert len(given.unique()) == len(given) == 2 * 3 * 2  # runs, steps, layers
+
+
 def test_the_dropout_mode_is_the_options():
     assert small_trainer(dropout_mode="inverted").model.preset.dropout_mode == "inverted"
 
@@ -342,6 +383,12 @@ def test_a_row_has_the_rate_of_its_last_step(tmp_path):
     train(small_trainer(lr=1e-12, schedule="plateau:1"), 15, tmp_path)
     ends = [row for row in rows(tmp_path) if row["val_loss"]]
     assert [float(row["learning_rate"]) for row in ends] == pytest.approx([1e-12, 1e-12, 1e-13])
+
+
+def test_the_paper_s_heuristic_hears_of_whole_epochs(tmp_path):
+    """The evaluation at the end of --steps, in an epoch, is none that it waits for."""
+    trainer = train(small_trainer(lr=0.0, schedule="plateau:9"), 13, tmp_path)
+    assert trainer.state_dict()["schedule"]["waited"] == 1
 
 
 def test_options_of_today_win_over_the_checkpoint(tmp_path):
@@ -410,6 +457,22 @@ def test_tensorboard_gets_scalars_and_filters(tmp_path):
     assert (image.height, image.width) == (2 * 6 - 1, 16 * 6 - 1)  # 20 filters of 5x5
 
 
+def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install '.[test]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(small_trainer(), 5, tmp_path, tensorboard=True)
+    saved = newest(tmp_path)
+    train(small_trainer(), 9, tmp_path, tensorboard=True)
+    resumed = small_trainer()
+    resumed.load_state_dict(saved)
+    train(resumed, 7, tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 5, 6, 7]
+    assert [int(row["step"]) for row in rows(tmp_path)] == [2, 4, 5, 6, 7]
+
+
 def test_without_tensorboard_its_flag_names_the_package(tmp_path, monkeypatch):
     import sys
 
@@ -420,11 +483,21 @@ def test_without_tensorboard_its_flag_names_the_package(tmp_path, monkeypatch):
 
 def test_training_flops_are_those_of_the_facts():
     """4.14 GFLOP per image: three times 724 million products, less conv1's input gradient."""
-    from alexkern.models import get_preset
-    from alexkern.training.utilisation import training_flops
-
     forward, conv1 = 2 * 724_406_816, 2 * 105_415_200
     assert training_flops(get_preset("paper"), 1000) == 3 * forward - conv1
+
+
+@pytest.mark.parametrize(("name", "amp"), [("", "bf16"), ("NVIDIA H100 80GB HBM3", "off")])
+def test_no_utilisation_of_a_peak_that_is_not_known(monkeypatch, name, amp):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert Utilisation(get_preset("mini"), 10, amp, torch.device("cuda")).of(1e6) == ""
+
+
+def test_utilisation_is_that_of_the_peak(monkeypatch):
+    """4.14 GFLOP per image at 0.5 of 989 TFLOP/s."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    utilisation = Utilisation(get_preset("paper"), 1000, "bf16", torch.device("cuda"))
+    assert utilisation.of(0.5 * 989e12 / 4.1356e9) == " (50.0% of the peak FLOP/s)"
 
 
 @pytest.mark.slow
