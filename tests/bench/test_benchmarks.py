@@ -61,6 +61,7 @@ def test_only_what_was_selected_is_measured_and_a_record_grows(tmp_path: Path) -
     assert kinds == {("forward", "eager_nchw"), ("backward", "alexkern")}
 
 
+@pytest.mark.slow
 def test_tuning_checks_candidates(tmp_path: Path) -> None:
     selection = "-kpool5 and forward and (shipped or 1024-1-4)"
     arguments = ("bench/bench_tune.py", "--trial", "--tune", selection)

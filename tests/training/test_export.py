@@ -18,6 +18,7 @@ def test_a_run_s_weights_go_into_a_new_network(tmp_path, capsys):
         assert torch.equal(weight, model.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_owt_goes_to_torchvision(tmp_path, monkeypatch):
     torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
     trainer = train(small_trainer(), 1, tmp_path)

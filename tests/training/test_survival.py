@@ -89,9 +89,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, undistur
     kill_and_finish(tmp_path, undisturbed, 6, seed)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_well(tmp_path, undisturbed, number):
     """To the whole group, as a terminal and a scheduler do; with workers, who leave it alone."""
     process = start_program(*RUN, "-j", "2", "--output", str(tmp_path), start_new_session=True)
@@ -170,6 +169,7 @@ def limit_files(size):
     return limit
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path):
     finish(tmp_path, [*RUN, "--steps", "4"])
     before = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
@@ -215,6 +215,7 @@ sys.exit(main(["--preset", "paper", "-b", "1437", "--output", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_one_line(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", STARVED, str(tmp_path)], capture_output=True, text=True, check=False
