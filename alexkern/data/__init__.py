@@ -7,15 +7,13 @@ from alexkern.data.batches import (
     evaluation_batches,
     iterate,
     on_device,
-    to_device,
     training_batches,
 )
-from alexkern.data.colours import COLOUR_NOISE, Colours, principal_colours
+from alexkern.data.colours import Colours, principal_colours
 from alexkern.data.dataset import DataError, Dataset, Images, Split, load_dataset
 from alexkern.data.seeds import derive_seed
 
 __all__ = [
-    "COLOUR_NOISE",
     "Augmentation",
     "Batch",
     "Batches",
@@ -30,6 +28,5 @@ __all__ = [
     "load_dataset",
     "on_device",
     "principal_colours",
-    "to_device",
     "training_batches",
 ]

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-COLOUR_NOISE = ("none", "stdev", "fbresnet", "literal")
-
 
 @dataclass(frozen=True)
 class Colours:
@@ -33,7 +31,7 @@ class Colours:
         - ``"none"``: no noise.
 
         Args:
-            reading: One of ``COLOUR_NOISE``.
+            reading: One of these.
 
         Returns:
             float64 [3, 3], in grey levels, or None for no noise.

@@ -128,7 +128,6 @@ class Trainer:
         self._meter = Meter(device)
         self._utilisation = Utilisation(preset, self.model.num_classes, options.amp, device)
         self._seconds: dict[str, float] = defaultdict(float)
-        self._images = 0
         self._step: tuple[tuple[bool, float], Step] | None = None
         self._stall_step = math.inf
         self._evaluated = -1
@@ -140,12 +139,6 @@ class Trainer:
     def total_steps(self) -> int:
         """Length of the learning rate schedule in steps."""
         return self._options.epochs * self.steps_per_epoch
-
-    @property
-    def images_per_second(self) -> float:
-        """Training speed so far, evaluation left out; 0 before the first row of metrics."""
-        seconds = self._seconds["training"] + self._seconds["waiting for data"]
-        return self._images / seconds if seconds else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that :meth:`load_state_dict` needs to continue: tensors and plain types."""
@@ -387,7 +380,6 @@ class Trainer:
 
     def _write(self, outlet: Outlet, measured: Measured, evaluation: Evaluation | None) -> None:
         """The row of metrics after ``step`` steps, which is printed as well."""
-        self._images += measured.images
         self._seconds["training"] += measured.seconds - measured.waited
         self._seconds["waiting for data"] += measured.waited
         epoch = (self.step - 1) // self.steps_per_epoch + 1

@@ -182,7 +182,7 @@ def resolve(given: Mapping[str, Any], saved: Mapping[str, Any]) -> Options:
 
 
 def _check(options: Options, offsets: int) -> None:
-    from alexkern.training.schedule import make_schedule
+    from alexkern.training.schedule import Plateau, make_schedule
 
     for name, choices in CHOICES.items():
         if getattr(options, name) not in choices:
@@ -200,4 +200,9 @@ def _check(options: Options, offsets: int) -> None:
         )
     make_schedule(options.schedule, options.epochs)
     if options.bias_schedule != "same":
-        make_schedule(options.bias_schedule, options.epochs)
+        own = make_schedule(options.bias_schedule, options.epochs)
+        if isinstance(own, Plateau):
+            raise UsageError(
+                f"bias_schedule {options.bias_schedule!r} is none of its own: plateau is for "
+                "schedule, which biases follow with 'same'"
+            )

@@ -75,6 +75,7 @@ def test_bad_files_are_one_line(tmp_path, text, words):
         ({"colour_noise": "much"}, "colour_noise must be one of none, stdev"),
         ({"schedule": "never"}, "no learning rate schedule 'never'"),
         ({"bias_schedule": "never"}, "no learning rate schedule 'never'"),
+        ({"bias_schedule": "plateau:3"}, "plateau is for schedule"),
         ({"batch_size": 0}, "batch_size must be a finite number of at least 1, got 0"),
         ({"crop_offsets": 6}, "crop_offsets must be 1 to 5"),
         ({"crop_offsets": 0}, "crop_offsets must be a finite number of at least 1"),
