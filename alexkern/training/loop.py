@@ -368,7 +368,8 @@ class Trainer:
         for name, layer in self.model.named_children():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 velocity = self._optimizer.state.get(layer.weight, {}).get("velocity")
-                update = 0.0 if velocity is None else velocity.abs().mean().item()
+                moved = velocity is not None and layer.weight.requires_grad
+                update = velocity.abs().mean().item() if moved else 0.0
                 changes.append(LayerChange(name, layer.weight.abs().mean().item(), update))
         return changes
 

@@ -310,6 +310,7 @@ def test_conv1_is_frozen_after_its_epochs(tmp_path):
     train(trainer, 15, tmp_path)
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(before[name], parameter) == name.startswith("conv1"), name
+    assert [change.update == 0 for change in trainer._layer_changes()] == [True] + [False] * 7
 
 
 def test_colour_noise_ends_after_its_epochs():
