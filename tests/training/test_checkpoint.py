@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same, small_trainer
+from small_runs import assert_same, small_trainer
 
 from alexkern.files import save_torch
 from alexkern.training import checkpoint

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, small_dataset, small_trainer
+from small_runs import ROOT, small_dataset, small_trainer
 
 from alexkern.predictions import Predictions
 from alexkern.training.errors import StoppedError, TrainingError
@@ -85,7 +85,7 @@ def test_it_stops_when_asked():
 PROGRAM = """
 import json, sys
 import torch
-from runs import small_dataset, small_trainer
+from small_runs import small_dataset, small_trainer
 from alexkern.training.processes import joined
 with joined(torch.device("cpu")) as process:
     trainer = small_trainer(small_dataset(held_out=int(sys.argv[2])), batch_size=3)

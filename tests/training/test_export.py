@@ -1,6 +1,6 @@
 import pytest
 import torch
-from runs import newest, small_trainer, train
+from small_runs import newest, small_trainer, train
 
 from alexkern.cli import main
 from alexkern.files import save_torch

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from runs import small_dataset, small_trainer
+from small_runs import small_dataset, small_trainer
 
 from alexkern.data import Augmentation, iterate, training_batches
 from alexkern.optim import KrizhevskySGD, weights_and_biases

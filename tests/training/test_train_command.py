@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, assert_same, newest, rows, run_program
+from small_runs import ROOT, assert_same, newest, rows, run_program
 
 from alexkern.predictions import Predictions
 from alexkern.training.cli import INTERPRETED_STEPS, main

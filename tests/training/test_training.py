@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import (
+from small_runs import (
     assert_same,
     newest,
     results,
