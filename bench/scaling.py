@@ -6,7 +6,7 @@ one, and sends at the speed of a :class:`Link`. docs/two-gpus.md says what the m
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,11 @@ class Layout:
     data: int = 1
     columns: int = 1
     hybrid: bool = False
+
+    def __str__(self) -> str:
+        parts = (("data", self.data), ("columns", self.columns))
+        name = " x ".join(f"{what} {number}" for what, number in parts if number > 1)
+        return f"{name}, hybrid" if self.hybrid else name or "one process"
 
     @property
     def processes(self) -> int:
@@ -171,18 +176,22 @@ class Link:
         name: For tables.
         bytes_per_second: Of one process, in each direction.
         latency: Seconds of one call that sends next to nothing.
+        sources: Where speed and latency come from; docs/two-gpus.md says what was made of them.
     """
 
     name: str
     bytes_per_second: float
     latency: float
+    sources: tuple[str, ...] = ()
 
 
-# Speeds and latencies, and where they come from, stand in docs/two-gpus.md.
-NVLINK = Link("NVLink", 370e9, 10e-6)
-PCIE = Link("PCIe", 50e9, 10e-6)
-INFINIBAND = Link("InfiniBand", 47e9, 30e-6)
-ETHERNET = Link("Ethernet", 12e9 / 8, 30e-6)
+_NCCL, _NCCL_TESTS = (f"https://github.com/NVIDIA/{name}/issues" for name in ("nccl", "nccl-tests"))
+NVLINK = Link("NVLink", 370e9, 10e-6, (f"{_NCCL}/1442", f"{_NCCL}/1984"))
+PCIE = Link(
+    "PCIe", 50e9, 10e-6, ("https://firmwaresecurity.com/2019/05/31/pcie-5-0-spec-released",)
+)
+INFINIBAND = Link("InfiniBand", 47e9, 30e-6, (f"{_NCCL_TESTS}/290", f"{_NCCL_TESTS}/214"))
+ETHERNET = Link("Ethernet", 12e9 / 8, 30e-6, (f"{_NCCL_TESTS}/119", f"{_NCCL_TESTS}/214"))
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ class Cluster:
             return self.inside
         together = self.between.bytes_per_second * max(self.processes_per_node // stride, 1)
         speed = min(self.inside.bytes_per_second, together)
-        return Link(self.between.name, speed, self.between.latency)
+        return replace(self.between, bytes_per_second=speed)
 
 
 @dataclass(frozen=True)

@@ -256,8 +256,10 @@ def test_links_of_groups() -> None:
     """Processes of a group on one machine share its way out: one adapter each."""
     two_nodes = Cluster(NVLINK, INFINIBAND)
     assert two_nodes.link(8) == two_nodes.link(4, stride=2) == NVLINK
-    assert two_nodes.link(16) == Link("InfiniBand", 370e9, 30e-6)  # 8 * 47 is more
-    assert two_nodes.link(8, stride=2) == Link("InfiniBand", 4 * 47e9, 30e-6)
+    whole, half = two_nodes.link(16), two_nodes.link(8, stride=2)
+    assert whole.bytes_per_second == 370e9  # 8 * 47 is more
+    assert half.bytes_per_second == 4 * 47e9
+    assert whole.latency == half.latency == 30e-6
     assert two_nodes.link(2, stride=8) == INFINIBAND
     assert Cluster(NVLINK, ETHERNET).link(16).bytes_per_second == 12e9
 
@@ -270,3 +272,30 @@ def test_a_record_corrects_the_roofline() -> None:
     )
     assert measured_share(made) == 0.25
     assert measured_share(record(measurement())) == measured_share(None) == 1
+
+
+def test_what_the_page_says_of_the_predictions() -> None:
+    """docs/two-gpus.md: who is ahead where."""
+
+    def images_per_second(layout: Layout, batch: int, cluster: Cluster = NODE) -> float:
+        return batch / predicted_step(layout, cluster, batch).total
+
+    data, pcie = Layout(2), Cluster(PCIE)
+    alone = {batch: images_per_second(Layout(), batch) for batch in (128, 1024)}
+    assert images_per_second(data, 128) < alone[128] < images_per_second(TWO, 128)
+    assert images_per_second(TWO, 1024) < images_per_second(data, 1024)
+    for batch, cluster in ((128, NODE), (128, pcie), (1024, pcie)):
+        others = (images_per_second(layout, batch, cluster) for layout in (TWO, data))
+        assert max(others) < images_per_second(HYBRID, batch, cluster)
+    assert images_per_second(HYBRID, 1024) > 0.95 * images_per_second(data, 1024)
+    for layout in (TWO, data):
+        assert images_per_second(layout, 1024, pcie) < 1.05 * alone[1024]
+    eight = Layout(columns=8, hybrid=True)
+    for batch in (128, 1024):
+        others = (images_per_second(layout, batch) for layout in (Layout(4, 2), Layout(8)))
+        assert max(others) < images_per_second(eight, batch)
+    for machines in (2, 4):
+        for layout in (Layout(4 * machines, 2), Layout(8 * machines), Layout(machines, 8, True)):
+            assert images_per_second(layout, 1024) < images_per_second(eight, 1024)
+            for batch in (128, 1024, 128 * layout.processes):
+                assert images_per_second(layout, batch, Cluster(NVLINK, ETHERNET)) < alone[128]
