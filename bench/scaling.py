@@ -67,7 +67,13 @@ class Transfer(NamedTuple):
     bytes: int
 
 
-def exchanges(preset: Preset, layout: Layout, batch: int, item_bytes: int) -> list[Transfer]:
+def exchanges(
+    preset: Preset,
+    layout: Layout,
+    batch: int,
+    item_bytes: int,
+    travelling_bytes: int | None = None,
+) -> list[Transfer]:
     """All that the columns of one share of the batch send each other in a step.
 
     A layer of one group needs every column's part of its input, a normalisation across all maps
@@ -78,6 +84,8 @@ def exchanges(preset: Preset, layout: Layout, batch: int, item_bytes: int) -> li
         layout: How it is shared.
         batch: Images of all shares together.
         item_bytes: Size of an element: 2 in half precision, 4 in float32.
+        travelling_bytes: That of what travels in another precision: all but what normalisations
+            need. None for no other.
 
     Raises:
         ValueError: A layer or the batch cannot be shared so.
@@ -88,9 +96,12 @@ def exchanges(preset: Preset, layout: Layout, batch: int, item_bytes: int) -> li
     rightward = [pair for pair in pairs if pair[1] == pair[0] + 1]
     leftward = [pair for pair in pairs if pair[1] == pair[0] - 1]
     forward: list[Transfer] = []
+    travelling = travelling_bytes or item_bytes
 
-    def send(layer: str, between: Iterable[tuple[int, int]], elements: int) -> None:
-        size = rows * elements * item_bytes
+    def send(
+        layer: str, between: Iterable[tuple[int, int]], elements: int, each: int = travelling
+    ) -> None:
+        size = rows * elements * each
         forward.extend(Transfer(layer, "forward", *pair, size) for pair in between if size)
 
     channels, side, norm = 3, preset.crop_size, preset.response_norm
@@ -102,8 +113,8 @@ def exchanges(preset: Preset, layout: Layout, batch: int, item_bytes: int) -> li
             if step == "pool":
                 side = preset.pooled_size(side)
             if step == "norm" and norm and norm.groups == 1 and not layout.hybrid:
-                send(f"{layer.name} norm", leftward, (norm.size - 1) // 2 * side**2)
-                send(f"{layer.name} norm", rightward, norm.size // 2 * side**2)
+                send(f"{layer.name} norm", leftward, (norm.size - 1) // 2 * side**2, item_bytes)
+                send(f"{layer.name} norm", rightward, norm.size // 2 * side**2, item_bytes)
     inputs = (channels * side**2, preset.fc_widths[0])
     for name, width, groups in zip(("fc6", "fc7"), inputs, preset.fc_groups, strict=True):
         # in the hybrid, part of the rows instead of part of each row: as many

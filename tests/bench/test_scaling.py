@@ -62,6 +62,14 @@ def test_bytes_of_the_papers_batch() -> None:
         assert sum(t.bytes for t in sent if t[1:3] == ("forward", 1)) == expected
 
 
+def test_what_travels_in_half_precision() -> None:
+    """All but the maps that a normalisation needs."""
+    whole, half = exchanges(PAPER, TWO, 8, 4), exchanges(PAPER, TWO, 8, 4, travelling_bytes=2)
+    for before, after in zip(whole, half, strict=True):
+        factor = 1 if before.layer.endswith("norm") else 2
+        assert before == after._replace(bytes=factor * after.bytes)
+
+
 @pytest.mark.parametrize(
     ("preset", "needed"),
     [
