@@ -380,6 +380,41 @@ def scaling_table(share: float) -> str:
     return _markdown(["images/s", "batch 128", "batch 1024", "128 on each GPU"], rows)
 
 
+def parallel_table(record: Record) -> str:
+    """Steps of several processes on a CPU, and what the model makes of one process's steps.
+
+    Of each the fastest: what else runs on the machine only adds.
+    """
+    fastest = {
+        measured.key: min(measured.seconds)
+        for measured in record.measurements
+        if measured.key.suite == "parallel" and measured.seconds
+    }
+    if not fastest:
+        return "Not measured yet."
+    steps = {(k.variant, k.batch): s for k, s in fastest.items() if k.op == "alexnet"}
+    one = {batch: s for (variant, batch), s in steps.items() if variant == str(Layout())}
+    link = scaling.measured_link({k.batch: s for k, s in fastest.items() if k.op == "swap"})
+    rows = []
+    for layout in scaling.CPU_LAYOUTS:
+        step = scaling.cpu_step(layout, scaling.CPU_BATCH, one, link, record.machine.cores)
+        seconds = (step.compute, step.exchange, step.wait, step.total)
+        measured = steps[str(layout), scaling.CPU_BATCH]
+        cells = [f"{1e3 * each:.1f}" for each in (*seconds, measured)]
+        rows.append([str(layout), *cells, f"{measured / step.total:.2f}"])
+    header = [
+        "ms",
+        "compute",
+        "exchange",
+        "wait",
+        "predicted",
+        "measured",
+        "measured over predicted",
+    ]
+    swap = f"{1e6 * link.latency:.0f} us and {link.bytes_per_second / 1e9:.1f} GB/s each way"
+    return f"{_markdown(header, rows)}\n\nA message: {swap}; {record.machine.cores} cores."
+
+
 _TABLES: dict[str, Callable[[Record], str]] = {
     "machine": machine_table,
     "tests": tests_table,
@@ -410,6 +445,7 @@ def tables(record: Record | None, host: Record | None = None) -> dict[str, str]:
     share = scaling.measured_share(record)
     made |= {"exchanges": exchange_table(), "gradients": gradient_table(), "links": link_table()}
     made |= {"two-gpus": two_gpus_table(share), "scaling": scaling_table(share)}
+    made["parallel"] = parallel_table(host) if host else "Not measured yet."
     compiled = load(CompileRecord, COMPILE_RECORD)
     return made | {name: table(compiled) for name, table in _COMPILE_TABLES.items()}
 

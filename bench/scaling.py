@@ -5,7 +5,7 @@ process computes at the roofline of :mod:`bench.work`, corrected by a GPU's reco
 one, and sends at the speed of a :class:`Link`. docs/two-gpus.md says what the model leaves out.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -55,6 +55,20 @@ class Layout:
     def feature_shares(self) -> int:
         """Parts of the batch that are convolved apart."""
         return self.processes // self.feature_columns
+
+
+# What bench_parallel.py runs on a CPU: the paper's network with a quarter of the maps and units.
+CPU_PRESET = replace(
+    PRESETS["paper"], name="quarter", widths=(24, 64, 96, 96, 64), fc_widths=(1024, 1024)
+)
+CPU_CLASSES, CPU_BATCH = 10, 16
+CPU_LAYOUTS = (
+    Layout(),
+    Layout(columns=2),
+    Layout(data=2),
+    Layout(columns=2, hybrid=True),
+    Layout(data=2, columns=2),
+)
 
 
 class Transfer(NamedTuple):
@@ -332,3 +346,35 @@ def measured_share(record: Record | None) -> float:
         ):
             return measured.floor_share
     return 1.0
+
+
+def cpu_step(
+    layout: Layout, batch: int, alone: Mapping[int, float], link: Link, cores: int
+) -> StepTime:
+    """A step of bench_parallel.py, from what it measured beside.
+
+    Args:
+        layout: How the processes share the network and the batch.
+        batch: Images of all processes together.
+        alone: Seconds of a step of one process, by two sizes of its batch. What grows with the
+            batch is shared by all processes, what does not, by columns: it is their weights'.
+        link: See :func:`measured_link`.
+        cores: Processes beyond these take turns.
+    """
+    (few, short), (many, long) = sorted(alone.items())
+    per_image = (long - short) / (many - few)
+    own = (long - many * per_image) / layout.columns + batch * per_image / layout.processes
+    return step_time(
+        own * max(1, layout.processes / cores),
+        0.0,  # nothing hides: gloo computes where the network does
+        layout,
+        exchanges(CPU_PRESET, layout, batch, 4),
+        gradients(CPU_PRESET, CPU_CLASSES, layout),
+        Cluster(link),
+    )
+
+
+def measured_link(swaps: Mapping[int, float]) -> Link:
+    """From the seconds in which two processes swap a small and a large message, by bytes."""
+    (small, latency), (large, seconds) = sorted(swaps.items())
+    return Link("gloo", (large - small) / (seconds - latency), latency)

@@ -18,8 +18,10 @@ from bench.scaling import (
     Layout,
     Link,
     Transfer,
+    cpu_step,
     exchanges,
     gradients,
+    measured_link,
     measured_share,
     predicted_step,
     step_time,
@@ -258,6 +260,23 @@ def test_parts_of_a_step_add_up() -> None:
         assert made.exchange == pytest.approx(exchange)
         assert made.wait == pytest.approx(wait)
         assert made.total == pytest.approx(100 + exchange + wait)
+
+
+def test_steps_on_a_cpu() -> None:
+    """By hand: a step of 2 s and 10 ms for each image, and more processes than cores."""
+    alone = {8: 2.08, 16: 2.16}
+    link = measured_link({10: 0.5, 110: 1.5})
+    assert (link.bytes_per_second, link.latency) == pytest.approx((100, 0.5))
+    free = Link("wire", 1e30, 0.0)
+    for layout, seconds in (
+        (Layout(), 2.16),
+        (TWO, 1 + 0.08),
+        (Layout(data=2), 2 + 0.08),
+        (Layout(2, 2), 2 * (1 + 0.04)),
+    ):
+        assert cpu_step(layout, 16, alone, free, cores=2).total == pytest.approx(seconds)
+    assert cpu_step(TWO, 16, alone, link, cores=2).exchange > 6 * 2 * 0.5
+    assert cpu_step(Layout(data=2), 16, alone, link, cores=2).wait > 3 * 0.5
 
 
 def test_links_of_groups() -> None:
