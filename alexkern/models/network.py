@@ -129,6 +129,23 @@ class AlexNet(nn.Module):
             if name in own
         }
 
+    def whole_of(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put together what all columns hold; they call it at the same time.
+
+        Args:
+            parts: This column's tensors by the name of their parameter.
+
+        Returns:
+            In the first column those of the whole network, on the CPU if they come from several
+            columns; nothing in the others.
+        """
+        whole = {}
+        for name, part in parts.items():
+            columns = self.columns_of(name)
+            tensor = to_first(part.detach(), columns, 0, [len(part)] * columns.count)
+            whole[name] = tensor.cpu() if columns.count > 1 else tensor
+        return whole if self._columns.index == 0 else {}
+
     def reset_parameters(self) -> None:
         """Draw the weights and set the biases as the preset says (paper section 5)."""
         preset = self.preset

@@ -44,7 +44,6 @@ def replicated(
     parallel = DistributedDataParallel(
         _Part(function, layers),
         process_group=axis.group,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
     parallel.register_comm_hook(axis.group, _sum)

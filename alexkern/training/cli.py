@@ -431,6 +431,11 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--amp", choices=CHOICES["amp"], help="autocast (default: off)")
     group.add_argument(
+        "--half-exchange",
+        action=argparse.BooleanOptionalAction,
+        help="what columns exchange is rounded to float16 (default: no)",
+    )
+    group.add_argument(
         "--deterministic",
         action=argparse.BooleanOptionalAction,
         help="only algorithms that give the same bits every time (default: no)",
