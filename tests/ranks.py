@@ -20,11 +20,11 @@ _CONTEXT.set_forkserver_preload(
 
 def in_processes(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What the function, of a module's top level, returns in each of the processes, by rank."""
-    with tempfile.NamedTemporaryFile() as store:
+    with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(count):
             here, there = _CONTEXT.Pipe(duplex=False)
-            given = (there, f"file://{store.name}", rank, count, function, _written(arguments))
+            given = (there, f"file://{folder}/store", rank, count, function, _written(arguments))
             process = _CONTEXT.Process(target=_run, args=given, daemon=True)
             process.start()
             there.close()
