@@ -47,7 +47,11 @@ def _run(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
+        backends = "gloo"
+        if torch.cuda.device_count() >= count:
+            torch.cuda.set_device(rank)
+            backends = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backends, init_method=store, rank=rank, world_size=count)
         result = False, function(*_read(arguments))
     except BaseException:
         result = True, traceback.format_exc()

@@ -33,10 +33,12 @@ def images(count: int) -> tuple[Tensor, Tensor]:
 
 def gradients(model: AlexNet, mesh: Mesh, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Logits, loss and gradients of this process's share of a batch."""
+    like = model.fc6.weight
     pixels, labels = images(count)
+    pixels, labels = pixels.to(like.device, like.dtype), labels.to(like.device)
     rows = mesh.data.portion(range(count))
     own = mesh.columns.portion(rows) if mesh.hybrid else rows
-    seeds = torch.tensor([3, 4])
+    seeds = torch.tensor([3, 4], device=like.device)
     layers = dict(model.named_children())
     convolutions = {name: each for name, each in layers.items() if name.startswith("conv")}
     rest = {name: each for name, each in layers.items() if name not in convolutions}
