@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ PROGRAM = "train_alexnet.py"
 # One epoch of the digits: some two minutes in Triton's interpreter on two cores, and enough for
 # an error well below 50 %.
 INTERPRETED_STEPS = 44
+
+# A launcher passes on a signal that reached its processes as well.
+_ECHO_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +77,7 @@ def run(parsed: argparse.Namespace) -> int:
     import torch
 
     from alexkern.training.launch import launch, restarted
-    from alexkern.training.processes import Peers, joined, naming_lost_peers
+    from alexkern.training.processes import Peers, joined, lost_peer
 
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if parsed.columns > 1 and "WORLD_SIZE" not in os.environ:
@@ -82,8 +86,14 @@ def run(parsed: argparse.Namespace) -> int:
         launch(parsed.columns, parsed.max_restarts, parsed.arguments)
     if restarted():
         parsed.resume = "auto"
-    with joined(device) as process, naming_lost_peers(Peers()):
-        return _run(parsed, process)
+    with joined(device) as process:
+        peers = Peers()
+        try:
+            return _run(parsed, process)
+        except RuntimeError as error:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # the launcher's, before the line is out
+            raise lost_peer(error, peers) or error from None
 
 
 def _run(parsed: argparse.Namespace, process: "Process") -> int:
@@ -115,7 +125,7 @@ def _run(parsed: argparse.Namespace, process: "Process") -> int:
         if first:
             folder = _output_folder(parsed, options, resumed)
     _say(process, f"writing to {folder}")
-    with StopSignal() as stop:
+    with StopSignal(_ECHO_SECONDS if process.processes > 1 else 0.0) as stop:
         asked = (lambda: bool(stop)), Wishes()
         outlet = (
             Outlet(folder, trainer.step, asked[0], parsed.tensorboard, asked[1])
@@ -327,10 +337,10 @@ def _description(options: Options, dataset: "Dataset", mesh: "Mesh", device: Any
         f"{len(dataset.val.labels):,} held-out images of {len(dataset.class_names)} classes"
     ]
     if mesh.processes > 1:
-        what = "fully connected layers" if mesh.hybrid else "the network"
+        cut = f"of {mesh.columns.count} columns" if mesh.columns.count > 1 else "of one process"
         lines.append(
-            f"{mesh.processes} processes: {mesh.data.count} x {mesh.columns.count}, "
-            f"{what} in {mesh.columns.count} columns; the step is not captured"
+            f"{mesh.processes} processes: {mesh.data.count} x a network {cut}"
+            f"{', its fully connected layers alone' if mesh.hybrid else ''}"
         )
     if options.target:
         lines.append(f"to be reached: {options.target}")

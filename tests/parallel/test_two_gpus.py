@@ -62,5 +62,5 @@ def test_the_program_starts_two_columns(tmp_path, more):
         [sys.executable, str(program), *arguments, *more], capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr
-    assert "2 processes: 1 x 2" in finished.stdout
+    assert "2 processes: 1 x a network of 2 columns" in finished.stdout
     assert len(list(tmp_path.glob("checkpoint-*.pt"))) == 2
