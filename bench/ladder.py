@@ -150,7 +150,15 @@ class Runner:
         )
         # what train_alexnet.py captures, with its measurements and its check for NaN
         scaler = torch.amp.GradScaler(enabled=False)
-        self._step = Step(self._forward, self._optimizer, scaler, 1.0, mean.device, capture=False)
+        self._step = Step(
+            self._forward,
+            self._optimizer,
+            scaler,
+            1.0,
+            mean.device,
+            capture=False,
+            batch_size=len(batch.labels),
+        )
         self._seeds = torch.tensor([1, 2], device=mean.device)
         self._corners = torch.zeros(len(batch.labels), 2, dtype=torch.int64, device=mean.device)
 

@@ -77,7 +77,7 @@ class Clocks:
 class Key:
     """Which measurement: one variant of one direction of one layer of one op."""
 
-    suite: str  # "ops", "network", "vendor", "tune", "host", "data"
+    suite: str  # "ops", "network", "vendor", "tune", "host", "data", "parallel"
     op: str
     layer: str
     direction: str

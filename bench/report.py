@@ -11,13 +11,17 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alexkern.figures.drawing import new_figure, save
+from alexkern.models import PRESETS
+from bench import scaling
 from bench.compile_record import CompiledKernel, CompileRecord
 from bench.layers import BATCH
 from bench.record import RESULTS, Key, Measurement, Record, RecordError, load, newest
+from bench.scaling import ETHERNET, INFINIBAND, NVLINK, PCIE, Cluster, Layout, predicted_step
 
 ROOT = Path(__file__).parents[1]
 PLOTS = ROOT / "docs" / "plots"
@@ -281,6 +285,136 @@ def path_table(record: CompileRecord) -> str:
     return _markdown([*header, "predicted us", "bound by"], rows)
 
 
+_NODE = Cluster(NVLINK)
+_TWO = (Layout(columns=2), Layout(data=2), Layout(columns=2, hybrid=True))
+_EIGHT = (Layout(data=4, columns=2), Layout(data=8), Layout(columns=8, hybrid=True))
+
+
+def link_table() -> str:
+    """What the predictions take for granted of links."""
+    rows = [
+        [
+            link.name,
+            f"{link.bytes_per_second / 1e9:g}",
+            f"{1e6 * link.latency:g}",
+            ", ".join(f"[{number}]({url})" for number, url in enumerate(link.sources, 1)),
+        ]
+        for link in (NVLINK, PCIE, INFINIBAND, ETHERNET)
+    ]
+    return _markdown(["", "GB/s of a GPU, each way", "us for a call", "sources"], rows)
+
+
+def exchange_table() -> str:
+    """Elements of each image that the paper's two columns send each other, and the step's bytes."""
+    sent = scaling.exchanges(PRESETS["paper"], Layout(columns=2), BATCH, 1)
+    rows = []
+    for layer in dict.fromkeys(transfer.layer for transfer in sent):
+        ways = [
+            sum(t.bytes for t in sent if t[:3] == (layer, direction, column))
+            for direction in ("forward", "backward")
+            for column in (0, 1)
+        ]
+        rows.append([layer, *(f"{elements // BATCH:,}" for elements in ways), *_sizes(sum(ways))])
+    rows.append(["together", "", "", "", "", *_sizes(sum(transfer.bytes for transfer in sent))])
+    header = ["needed by", "forward, from 0", "from 1", "backward, from 0", "from 1"]
+    return _markdown([*header, "MB in float32", "in bf16"], rows)
+
+
+def _sizes(elements: int) -> list[str]:
+    return [f"{elements * item_bytes / 1e6:.1f}" for item_bytes in (4, 2)]
+
+
+def gradient_table() -> str:
+    """The gradients of a process of column 0, how many sum them, and what each of these sends."""
+    rows = []
+    for layout in (*_TWO, *_EIGHT):
+        row = [str(layout)]
+        for summed in scaling.gradients(PRESETS["paper"], 1000, layout):
+            row += [f"{summed.bytes / 1e6:.1f}", str(summed.processes)]
+            row += [f"{summed.sent_bytes / 1e6:.1f}"]
+        rows.append(row)
+    header = ["MB", "fully connected", "processes", "sent", "convolutions", "processes", "sent"]
+    return _markdown(header, rows)
+
+
+def two_gpus_table(share: float) -> str:
+    """Predicted: where the time of a step on two GPUs goes, at a share of the roofline's speed."""
+    rows = []
+    for batch in (BATCH, 8 * BATCH):
+        alone = predicted_step(Layout(), _NODE, batch, floor_share=share)
+        cases = [(f"{batch}, {Layout()}", alone)]
+        for link in (NVLINK, PCIE):
+            for layout in _TWO:
+                step = predicted_step(layout, Cluster(link), batch, floor_share=share)
+                cases.append((f"{batch}, {layout}, {link.name}", step))
+        for name, step in cases:
+            parts = (step.compute, step.exchange, step.wait, step.total)
+            times = [f"{1e3 * seconds:.2f}" for seconds in parts]
+            rate = f"{batch / step.total:,.0f}"
+            rows.append([name, *times, rate, f"{alone.total / step.total:.2f}x"])
+    header = ["ms", "compute", "exchange", "wait", "step", "images/s", "against one"]
+    return _markdown(header, rows)
+
+
+def scaling_table(share: float) -> str:
+    """Predicted: images per second of several GPUs, and how often that of one GPU."""
+    cases = [(layout, _NODE, "one machine") for layout in (*_TWO, *_EIGHT)]
+    for machines, between in ((2, INFINIBAND), (4, INFINIBAND), (2, ETHERNET), (4, ETHERNET)):
+        cluster, where = Cluster(NVLINK, between), f"{machines}, {between.name}"
+        for layout in _EIGHT:
+            cases.append((replace(layout, data=machines * layout.data), cluster, where))
+    rows = []
+    for layout, cluster, where in cases:
+        row = [f"{layout}; {where}"]
+        # the whole batch, and that of one GPU
+        for batch, one in (
+            (BATCH, BATCH),
+            (8 * BATCH, 8 * BATCH),
+            (BATCH * layout.processes, BATCH),
+        ):
+            step = predicted_step(layout, cluster, batch, floor_share=share)
+            alone = predicted_step(Layout(), _NODE, one, floor_share=share)
+            rate, one_rate = batch / step.total, one / alone.total
+            row.append(f"{rate:,.0f} ({rate / one_rate:.2f}x)")
+        rows.append(row)
+    return _markdown(["images/s", "batch 128", "batch 1024", "128 on each GPU"], rows)
+
+
+def parallel_table(record: Record) -> str:
+    """Steps of several processes on a CPU, and what the model makes of one process's steps.
+
+    Of each the fastest: what else runs on the machine only adds.
+    """
+    fastest = {
+        measured.key: min(measured.seconds)
+        for measured in record.measurements
+        if measured.key.suite == "parallel" and measured.seconds
+    }
+    if not fastest:
+        return "Not measured yet."
+    steps = {(k.variant, k.batch): s for k, s in fastest.items() if k.op == "alexnet"}
+    one = {batch: s for (variant, batch), s in steps.items() if variant == str(Layout())}
+    link = scaling.measured_link({k.batch: s for k, s in fastest.items() if k.op == "swap"})
+    rows = []
+    for layout in scaling.CPU_LAYOUTS:
+        step = scaling.cpu_step(layout, scaling.CPU_BATCH, one, link, record.machine.cores)
+        seconds = (step.compute, step.exchange, step.wait, step.total)
+        measured = steps[str(layout), scaling.CPU_BATCH]
+        cells = [f"{1e3 * each:.1f}" for each in (*seconds, measured)]
+        rows.append([str(layout), *cells, f"{measured / step.total:.2f}"])
+    header = [
+        "ms",
+        "compute",
+        "exchange",
+        "wait",
+        "predicted",
+        "measured",
+        "measured over predicted",
+    ]
+    swap = f"{1e6 * link.latency:.0f} us and {link.bytes_per_second / 1e9:.1f} GB/s each way"
+    return f"{_markdown(header, rows)}\n\nA message: {swap}; {record.machine.cores} cores."
+
+
 _TABLES: dict[str, Callable[[Record], str]] = {
     "machine": machine_table,
     "tests": tests_table,
@@ -308,6 +442,10 @@ def tables(record: Record | None, host: Record | None = None) -> dict[str, str]:
     made = {name: table(record) if record else NOT_MEASURED for name, table in _TABLES.items()}
     if host and not (record and groups(record.measurements, "data")):
         made["data"] = data_table(host)
+    share = scaling.measured_share(record)
+    made |= {"exchanges": exchange_table(), "gradients": gradient_table(), "links": link_table()}
+    made |= {"two-gpus": two_gpus_table(share), "scaling": scaling_table(share)}
+    made["parallel"] = parallel_table(host) if host else "Not measured yet."
     compiled = load(CompileRecord, COMPILE_RECORD)
     return made | {name: table(compiled) for name, table in _COMPILE_TABLES.items()}
 

@@ -144,22 +144,58 @@ def network(batch: int, itemsize: int, *, training: bool, response_norm: bool) -
     Convolutions carry bias and ReLU, pooling carries the normalisation before it. Training adds
     the backward parts and the optimizer, whose gradients have the network's dtype.
     """
-    _, height, width = CONVOLUTIONS["conv1"].shape
-    parts = [augmentation((height, width), batch, itemsize)]
+    parts = [augmentation(CONVOLUTIONS["conv1"].shape[1:], batch, itemsize)]
     for direction in ("forward", "backward") if training else ("forward",):
-        for name, layer in CONVOLUTIONS.items():
-            normalised = response_norm and name.removeprefix("conv") in NORMALISED
-            parts.append(convolution(layer, direction, batch, itemsize, masked=not normalised))
-        for number, shape in POOLS.items():
-            if response_norm and number in NORMALISED:
-                parts.append(normalisation_pooling(shape, direction, batch, itemsize, training))
-            else:
-                parts.append(pooling(shape, batch, itemsize, training))
-        products = 1 if direction == "forward" else 2
-        parts += [linear(fc, batch, itemsize) for fc in FULLY_CONNECTED.values()] * products
+        parts += features(
+            direction, batch, itemsize, training=training, response_norm=response_norm
+        )
+        parts += classifier(direction, batch, itemsize)
     if training:
         parts.append(update(parameters(), itemsize))
     return parts
+
+
+def features(
+    direction: str,
+    batch: int,
+    itemsize: int,
+    *,
+    columns: int = 1,
+    training: bool = True,
+    response_norm: bool = True,
+) -> list[Work]:
+    """The parts of the paper's network up to fc6, or those of one of its columns."""
+    parts = []
+    for name, layer in CONVOLUTIONS.items():
+        normalised = response_norm and name.removeprefix("conv") in NORMALISED
+        own = _column(layer, columns)
+        parts.append(convolution(own, direction, batch, itemsize, masked=not normalised))
+    for number, (channels, height, width) in POOLS.items():
+        shape = (channels // columns, height, width)
+        if response_norm and number in NORMALISED:
+            parts.append(normalisation_pooling(shape, direction, batch, itemsize, training))
+        else:
+            parts.append(pooling(shape, batch, itemsize, training))
+    return parts
+
+
+def _column(layer: Convolution, columns: int) -> Convolution:
+    """What one of the columns computes of a layer, which sees all maps where it has one group."""
+    (channels, height, width), groups = layer.shape, layer.groups
+    if groups > 1:
+        channels, groups = channels // columns, groups // columns
+    shape = (channels, height, width)
+    return layer._replace(shape=shape, channels=layer.channels // columns, groups=groups)
+
+
+def classifier(direction: str, batch: int, itemsize: int, *, columns: int = 1) -> list[Work]:
+    """The parts of the paper's network from fc6 on; of several columns the first, which has fc8."""
+    products = 1 if direction == "forward" else 2
+    layers = [
+        (inputs, outputs if name == "fc8" else outputs // columns)
+        for name, (inputs, outputs) in FULLY_CONNECTED.items()
+    ]
+    return [linear(layer, batch, itemsize) for layer in layers] * products
 
 
 def fan_in() -> list[int]:

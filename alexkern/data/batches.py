@@ -14,6 +14,9 @@ from torch import Tensor
 
 from alexkern.data.dataset import DataError, Split
 from alexkern.data.seeds import generator
+from alexkern.parallel import Axis, Mesh
+
+_ALONE = Axis()
 
 
 class Batch(NamedTuple):
@@ -23,7 +26,7 @@ class Batch(NamedTuple):
         images: uint8 [B, size, size, 3].
         flips: Whether each crop is mirrored, bool [B].
         shift: What is added to each crop's colours, in grey levels, float32 [B, 3].
-        labels: int64 [B].
+        labels: int64 [B]; in a column of a hybrid those of the other columns' images as well.
     """
 
     images: Tensor
@@ -48,6 +51,8 @@ class Batches(torch.utils.data.Dataset["Batch | DataError"]):
         corners: Top and left edge of each crop, in the same order, [n, 2].
         flips: Whether each is mirrored, bool [n].
         shift: What is added to its colours, float32 [n, 3].
+        replicas: Those among which a batch is divided, and which of them this one is.
+        columns: Likewise those that divide a replica's images, though not its labels.
     """
 
     split: Split
@@ -57,12 +62,17 @@ class Batches(torch.utils.data.Dataset["Batch | DataError"]):
     corners: NDArray[np.int64]
     flips: NDArray[np.bool_]
     shift: NDArray[np.float32]
+    replicas: Axis = _ALONE
+    columns: Axis = _ALONE
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
 
     def __getitem__(self, index: int) -> "Batch | DataError":
-        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        whole = range(len(self.order))[index * self.batch_size : (index + 1) * self.batch_size]
+        rows = self.replicas.portion(whole)
+        own = self.columns.portion(rows)
+        part = slice(own.start, own.stop)
         samples, size = self.order[part], self.crop_size
         crops = np.empty((len(samples), size, size, 3), np.uint8)
         try:
@@ -72,7 +82,8 @@ class Batches(torch.utils.data.Dataset["Batch | DataError"]):
             # Returned, for iterate() to raise: a worker's exception would arrive with the
             # worker's traceback for a message.
             return error
-        parts = crops, self.flips[part], self.shift[part], self.split.labels[samples]
+        labels = self.split.labels[self.order[rows.start : rows.stop]]
+        parts = crops, self.flips[part], self.shift[part], labels
         return Batch(*map(torch.from_numpy, parts))
 
 
@@ -99,7 +110,12 @@ class Augmentation:
 
 
 def training_batches(
-    split: Split, seed: int, epoch: int, batch_size: int, augmentation: Augmentation
+    split: Split,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    augmentation: Augmentation,
+    mesh: Mesh | None = None,
 ) -> Batches:
     """One epoch in a new order, each image in a new variation.
 
@@ -111,6 +127,7 @@ def training_batches(
         epoch: From 0.
         batch_size: Samples per batch; a smaller split gives one batch.
         augmentation: The variations to draw from.
+        mesh: The processes that share each batch.
     """
     count = len(split.labels)
     random = generator(seed, "epoch", epoch)
@@ -130,25 +147,35 @@ def training_batches(
         corners.repeat(augmentation.chunk, 0)[:used],
         flips.repeat(augmentation.chunk)[:used],
         shift[:used],
+        *_sharing(mesh or Mesh()),
     )
 
 
 def evaluation_batches(
-    split: Split, stored_size: int, batch_size: int, samples: range | None = None
+    split: Split, stored_size: int, batch_size: int, mesh: Mesh | None = None
 ) -> Batches:
     """Every sample once, in order: whole stored images, of which crops are taken on the device.
+
+    Each replica has a share of the samples, and makes whole batches of that.
 
     Args:
         split: The held-out split.
         stored_size: Side of its images.
-        batch_size: Samples per batch.
-        samples: Those of the split to take; None for all.
+        batch_size: Samples per batch of a replica.
+        mesh: The processes that share the samples.
     """
-    order = np.array(range(len(split.labels)) if samples is None else samples, np.int64)
+    replicas, columns = _sharing(mesh or Mesh())
+    order = np.array(replicas.portion(range(len(split.labels))), np.int64)
     count = len(order)
     corners, flips = np.zeros((count, 2), np.int64), np.zeros(count, bool)
     shift = np.zeros((count, 3), np.float32)
-    return Batches(split, stored_size, batch_size, order, corners, flips, shift)
+    return Batches(*(split, stored_size, batch_size, order, corners, flips, shift), columns=columns)
+
+
+def _sharing(mesh: Mesh) -> tuple[Axis, Axis]:
+    """What divides a batch, and its images once more; without groups, so that workers get it."""
+    data, columns = mesh.data, mesh.columns if mesh.hybrid else Axis()
+    return Axis(data.index, data.count), Axis(columns.index, columns.count)
 
 
 def iterate(

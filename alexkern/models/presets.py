@@ -34,6 +34,12 @@ class Convolution(NamedTuple):
     groups: int
     steps: tuple[Step, ...]
 
+    def output_size(self, size: int) -> int:
+        """Side of its maps before the steps, from that of its input."""
+        padding = self.padding
+        both = 2 * padding if isinstance(padding, int) else padding[0] + padding[1]
+        return (size + both - self.kernel) // self.stride + 1
+
 
 class Packing(NamedTuple):
     """The arguments of ``ops.augment`` that make a network's packed input."""
@@ -127,12 +133,14 @@ class Preset:
         """Side of the maps that fc6 sees."""
         size = self.crop_size
         for layer in self.convolutions:
-            padding = layer.padding
-            both = 2 * padding if isinstance(padding, int) else padding[0] + padding[1]
-            size = (size + both - layer.kernel) // layer.stride + 1
+            size = layer.output_size(size)
             if "pool" in layer.steps:
-                size = (size - self.pool_kernel + self.ceil_mode) // 2 + 1
+                size = self.pooled_size(size)
         return size
+
+    def pooled_size(self, size: int) -> int:
+        """Side of a map after pooling, from that before."""
+        return (size - self.pool_kernel + self.ceil_mode) // 2 + 1
 
     @property
     def packing(self) -> Packing | None:

@@ -8,7 +8,7 @@ from alexkern.files import load_torch
 from alexkern.training.errors import UsageError
 
 BEST = "best.pt"
-FORMAT = 1
+FORMAT = 2
 _KEPT = 2
 _NAME = f"checkpoint-{'[0-9]' * 8}.pt"  # no copy that a user made under a similar name
 _WRITTEN = (_NAME, BEST, "metrics.csv", "config.toml")
@@ -45,7 +45,8 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint, its tensors on the CPU.
 
     Returns:
-        ``model``, ``optimizer``, ``scaler``, ``schedule`` and ``meter`` (state dicts), ``step``
+        ``model`` (parameters by name), ``optimizer`` (for each kind of its state, tensors by the
+        name of the parameter), ``scaler``, ``schedule`` and ``meter`` (state dicts), ``step``
         (whole steps done), ``steps_per_epoch``, ``evaluated`` (the last step that was followed by
         an evaluation), ``best`` (evaluation), ``options`` (of the run), ``class_names``,
         ``format``.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alexkern.data import Split, evaluation_batches, on_device
+from alexkern.parallel import Mesh
 from alexkern.training.errors import StoppedError, TrainingError
 from alexkern.training.forward import Forward
 from alexkern.training.metrics import Evaluation, wrong_answers
@@ -65,11 +66,12 @@ def evaluate(
     *,
     keep: bool = False,
     stopping: Callable[[], object] = lambda: False,
+    mesh: Mesh | None = None,
 ) -> Evaluated:
     """Predict each sample once, by the mean of the probabilities of its views (paper, 4.1).
 
-    With ``torch.distributed`` each process takes a share of the samples. No sample is predicted
-    twice to fill a batch: shares and last batches are of unequal size instead.
+    Each replica of the network takes a share of the samples. No sample is predicted twice to fill
+    a batch: shares and last batches are of unequal size instead.
 
     Args:
         forward: From pixels to class scores; its network is in evaluation mode.
@@ -80,38 +82,44 @@ def evaluate(
         workers: Processes that make batches.
         device: Of the network.
         keep: Whether to return the probabilities.
-        stopping: Asked before every batch.
+        stopping: Asked before every batch, in all processes equally often.
+        mesh: The processes that evaluate together.
 
     Raises:
         StoppedError: ``stopping`` said so.
         TrainingError: The processes did not predict as many samples as there are.
     """
+    mesh = mesh or Mesh()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     kept: list[NDArray[np.float32]] = []
-    share = evaluation_batches(split, stored_size, batch_size, _share(len(split.labels)))
+    share = evaluation_batches(split, stored_size, batch_size, mesh)
+    largest = -(-len(split.labels) // mesh.data.count)
     with on_device(share, workers, device) as batches:
-        for batch in batches:
+        for _ in range(-(-largest // batch_size)):
             if stopping():
                 raise StoppedError
-            scores = _log_probabilities(forward, batch.images, views)
+            if (batch := next(batches, None)) is None:
+                continue
             labels = batch.labels
+            scores = _log_probabilities(forward, batch.images, views, range(len(labels)))
+            if mesh.columns.index:  # the first has the scores
+                continue
             loss = F.nll_loss(scores, labels, reduction="sum")
             wrong = [wrong_answers(scores, labels, k) for k in (1, 5)]
             sums += torch.stack((loss, *wrong, torch.ones_like(loss) * len(labels)))
             if keep:
                 kept.append(scores.exp().cpu().numpy())
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    mesh.add_up(sums)
     *totals, count = sums.tolist()
     if count != len(split.labels):
         raise TrainingError(
             f"{count:.0f} samples were predicted, and the split has {len(split.labels)}"
         )
-    probabilities = _gathered(kept) if keep else None
+    probabilities = _gathered(kept, mesh) if keep else None
     return Evaluated(Evaluation(*(total / count for total in totals)), probabilities)
 
 
-def _log_probabilities(forward: Forward, images: Tensor, views: list[View]) -> Tensor:
+def _log_probabilities(forward: Forward, images: Tensor, views: list[View], rows: range) -> Tensor:
     """Logarithm of the mean over views of the probabilities, [B, classes]."""
     scores = []
     for top, left, flip in views:
@@ -119,18 +127,13 @@ def _log_probabilities(forward: Forward, images: Tensor, views: list[View]) -> T
         corners = torch.full((len(images), 2), top, device=images.device)
         corners[:, 1] = left
         flips = torch.full((len(images),), flip, device=images.device)
-        scores.append(F.log_softmax(forward(images, corners, flips), 1))
+        scores.append(F.log_softmax(forward(images, corners, flips, rows=rows), 1))
     return torch.stack(scores).logsumexp(0) - float(np.log(len(views)))
 
 
-def _share(count: int) -> range:
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return range(rank * count // processes, (rank + 1) * count // processes)
-
-
-def _gathered(part: list[NDArray[np.float32]]) -> NDArray[np.float32] | None:
+def _gathered(part: list[NDArray[np.float32]], mesh: Mesh) -> NDArray[np.float32] | None:
     """All processes' batches on the first; one that has no share of the samples has none."""
-    if not dist.is_initialized():
+    if mesh.processes == 1:
         return np.concatenate(part)
     first = dist.get_rank() == 0
     parts = [part] * dist.get_world_size()

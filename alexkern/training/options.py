@@ -49,6 +49,8 @@ class Options:
         crop_offsets: Positions of a crop along each axis; None for all.
         crop_chunk: Images in a row that share one crop and reflection.
         amp: ``off``, ``bf16`` or ``fp16`` autocast.
+        half_exchange: What crosses between columns is rounded to half precision, see
+            :class:`alexkern.models.AlexNet`; in one process what would cross.
         deterministic: Only algorithms that give the same bits every time.
         cuda_graph: On a GPU the whole step is captured once, and replayed.
         workers: Processes that make batches; 0 for none.
@@ -79,6 +81,7 @@ class Options:
     crop_offsets: int | None
     crop_chunk: int
     amp: str
+    half_exchange: bool
     deterministic: bool
     cuda_graph: bool
     workers: int
@@ -168,6 +171,7 @@ def resolve(given: Mapping[str, Any], saved: Mapping[str, Any]) -> Options:
         "crop_offsets": None,
         "crop_chunk": 1,
         "amp": "off",
+        "half_exchange": False,
         "deterministic": False,
         "cuda_graph": True,
         "workers": 0 if data in SMALL_SETS else os.cpu_count() or 1,

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alexkern.data import Batch
 from alexkern.optim import KrizhevskySGD
+from alexkern.parallel import Mesh
 from alexkern.training.errors import DivergedError, TrainingError
 from alexkern.training.forward import Forward
 from alexkern.training.metrics import wrong_answers
@@ -19,7 +20,7 @@ _WARM_UP = 3
 
 
 class Outcome(NamedTuple):
-    """Of one step, on the device.
+    """Of one step, on the device, the same in all processes.
 
     Attributes:
         loss: Mean over the batch.
@@ -36,7 +37,7 @@ class Outcome(NamedTuple):
 class Step:
     """Forward, loss, backward and update.
 
-    On a GPU, with ``capture``, the whole is captured in a CUDA graph once and then replayed: all
+    On one GPU, with ``capture``, the whole is captured in a CUDA graph once and then replayed: all
     batches have one shape, and whatever changes from step to step is in device memory. The host
     never waits for the device.
 
@@ -47,6 +48,8 @@ class Step:
         divisor: See :class:`Forward`.
         device: Where to compute.
         capture: Whether to capture.
+        batch_size: Images of the batch, of which this process has its share.
+        mesh: The processes that make the step together, which is not captured then.
     """
 
     def __init__(
@@ -57,10 +60,14 @@ class Step:
         divisor: float,
         device: torch.device,
         capture: bool,
+        batch_size: int,
+        mesh: Mesh | None = None,
     ) -> None:
+        self._batch_size, self._mesh = batch_size, mesh or Mesh()
         self._forward, self._optimizer, self._scaler = forward, optimizer, scaler
         self._divisor, self._device = divisor, device
-        self._to_warm_up = _WARM_UP if capture and device.type == "cuda" else 0
+        capture = capture and device.type == "cuda" and self._mesh.processes == 1
+        self._to_warm_up = _WARM_UP if capture else 0
         self._eager = not self._to_warm_up
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -78,7 +85,7 @@ class Step:
         """Make a step.
 
         Args:
-            batch: On the device.
+            batch: This process's share, on the device.
             dropout_seeds: One per dropout layer.
 
         Returns:
@@ -105,23 +112,35 @@ class Step:
 
     def compute(self, batch: Batch, dropout_seeds: Tensor) -> Outcome:
         """What is captured; all its arguments are on the device."""
-        labels = batch.labels
-        corners = torch.zeros(len(labels), 2, dtype=torch.int64, device=self._device)
+        labels, rows = batch.labels, self._mesh.data.portion(range(self._batch_size))
+        corners = torch.zeros(len(batch.images), 2, dtype=torch.int64, device=self._device)
         logits = self._forward(
-            batch.images, corners, batch.flips, batch.shift, dropout_seeds, self._divisor
+            batch.images, corners, batch.flips, batch.shift, dropout_seeds, self._divisor, rows
         )
-        loss = F.cross_entropy(logits, labels)
+        loss, wrong = self._judged(logits, labels)
         self._optimizer.zero_grad()
         self._scaler.scale(loss).backward()
-        finite = torch.stack((loss.isfinite(), self._gradients_are_finite()))
+        loss = loss.detach()
+        broken = ~torch.stack((loss.isfinite(), self._gradients_are_finite()))
+        report = torch.cat((torch.stack((loss, wrong)), broken)).double()
+        self._mesh.add_up(report)
+        finite = report[2:] == 0
         if not self._scaler.is_enabled():  # which would set it
             self._optimizer.found_inf = (~finite.all()).float()
         with self._forward.kernels():
             self._scaler.step(self._optimizer)
         self._scaler.update()
-        loss = loss.detach()
-        sums = torch.stack((loss.double() * len(labels), wrong_answers(logits, labels, 1).double()))
-        return Outcome(loss, finite, sums)
+        loss, wrong = report[:2]
+        return Outcome(loss.float(), finite, torch.stack((loss * self._batch_size, wrong)))
+
+    def _judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Share of the mean loss over the whole batch, and wrong answers among these."""
+        if self._mesh.columns.index:  # whose logits are of no class
+            return logits.sum(), logits.new_zeros(())
+        loss = F.cross_entropy(logits, labels)
+        if len(labels) != self._batch_size:
+            loss = loss * (len(labels) / self._batch_size)
+        return loss, wrong_answers(logits.detach(), labels, 1)
 
     def _gradients_are_finite(self) -> Tensor:
         if self._scaler.is_enabled():  # there they are infinite now and then, and the scale falls
@@ -155,6 +174,26 @@ class Step:
             raise TrainingError(
                 f"the step cannot be captured in a CUDA graph ({reason}): add --no-cuda-graph"
             ) from error
+
+
+class Scaler(torch.amp.GradScaler):
+    """A scaler of which all processes have the same: one's infinite gradient is everybody's.
+
+    Args:
+        device: Of the gradients.
+        enabled: Otherwise it does nothing.
+        mesh: The processes.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool, mesh: Mesh) -> None:
+        super().__init__(device.type, enabled=enabled)
+        self._mesh = mesh
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        found: dict[str, Any] = super()._check_inf_per_device(optimizer)
+        for number in found.values():
+            self._mesh.add_up(number)
+        return found
 
 
 class Sentinel:

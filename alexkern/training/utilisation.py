@@ -36,14 +36,17 @@ class Utilisation:
         num_classes: Its outputs.
         amp: As in the options; there is none for float32.
         device: Where it trains.
+        count: Of such devices.
     """
 
-    def __init__(self, preset: Preset, num_classes: int, amp: str, device: torch.device) -> None:
+    def __init__(
+        self, preset: Preset, num_classes: int, amp: str, device: torch.device, count: int = 1
+    ) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peaks = [peak for gpu, peak in _PEAK_FLOPS.items() if gpu in name]
         self._seconds = 0.0  # of one image, at the peak
         if peaks and amp != "off":
-            self._seconds = training_flops(preset, num_classes) / peaks[0]
+            self._seconds = training_flops(preset, num_classes) / (peaks[0] * count)
 
     def of(self, images_per_second: float) -> str:
         """For the log; empty where no peak is known."""

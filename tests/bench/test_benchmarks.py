@@ -86,7 +86,7 @@ def test_everything_on_a_trial(tmp_path: Path) -> None:
         run = bench("bench", *arguments, *only)
         assert run.returncode == 0, run.stdout
     made = the_record(tmp_path)
-    suites = {"ops", "vendor", "network", "path", "data"}
+    suites = {"ops", "vendor", "network", "path", "data", "parallel"}
     assert {m.key.suite for m in made.measurements} == suites
     assert not [m for m in made.measurements if m.failure or not m.seconds]
 

@@ -9,6 +9,7 @@ import pytest
 from bench import report
 from bench.compile_record import CompileRecord
 from bench.record import Key, Record, RecordError, load, newest, save
+from bench.scaling import CPU_BATCH, CPU_LAYOUTS
 from tests.records import measurement, record
 
 
@@ -63,6 +64,33 @@ def test_the_data_pipeline_needs_no_gpu(tmp_path: Path) -> None:
     assert table.endswith("One core of a machine of 3 (an abacus).")
     assert "training_batch" in report.tables(made)["data"]
     assert report.tables(record(measurement()))["data"] == "Not measured yet."
+
+
+def test_steps_of_several_processes_stand_beside_the_models() -> None:
+    """The fastest of each, and messages take no time."""
+    key = Key("parallel", "alexnet", "quarter", "training", "fp32", CPU_BATCH, "")
+    times = {str(layout): [3e-3, 2e-3] for layout in CPU_LAYOUTS} | {"data 2": [9e-3, 8e-3]}
+    made = record(
+        *(
+            measurement(key=dataclasses.replace(key, variant=variant), seconds=seconds)
+            for variant, seconds in {**times, "one process": [1e-3]}.items()
+        ),
+        measurement(
+            key=dataclasses.replace(key, variant="one process", batch=CPU_BATCH // 2),
+            seconds=[5e-4],
+        ),
+        *(
+            measurement(key=Key("parallel", "swap", "bytes", "", "", size, ""), seconds=[seconds])
+            for size, seconds in ((0, 0.0), (1, 1e-30))
+        ),
+    )
+    made.machine = dataclasses.replace(made.machine, gpu="", cores=2)
+    table = report.tables(None, made)["parallel"]
+    assert "| one process | 1.0 | 0.0 | 0.0 | 1.0 | 1.0 | 1.00 |" in table
+    assert "| columns 2 | 0.5 | 0.0 | 0.0 | 0.5 | 2.0 | 4.00 |" in table
+    assert "| data 2 | 0.5 | 0.0 | 0.0 | 0.5 | 8.0 | 16.00 |" in table
+    assert "| data 2 x columns 2 | 0.5 |" in table
+    assert report.tables(None, record(measurement()))["parallel"] == "Not measured yet."
 
 
 def test_an_unknown_table_is_an_error() -> None:

@@ -15,6 +15,7 @@ from alexkern.data import (
     on_device,
     training_batches,
 )
+from alexkern.parallel import Axis, Mesh
 
 SIZE, CROP, COUNT = 12, 8, 60
 OFFSETS = SIZE - CROP + 1
@@ -155,10 +156,37 @@ def test_evaluation_takes_each_whole_image_once():
     assert views(batches) == [(sample, 0, 0, False) for sample in range(COUNT)]
 
 
-def test_evaluation_of_a_share():
-    batches = list(iterate(evaluation_batches(SPLIT, SIZE, 16, range(5, 23))))
-    assert [len(batch.labels) for batch in batches] == [16, 2]
-    assert [view[0] for view in views(batches)] == list(range(5, 23))
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_replicas_evaluate_shares(replicas):
+    seen = []
+    for index in range(replicas):
+        mesh = Mesh(Axis(index, replicas))
+        batches = list(iterate(evaluation_batches(SPLIT, SIZE, 16, mesh)))
+        assert [len(batch.labels) for batch in batches[:-1]] == [16] * (len(batches) - 1)
+        seen += [view[0] for view in views(batches)]
+    assert seen == list(range(COUNT))
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_processes_share_a_batch(hybrid):
+    """Replicas its rows, in a hybrid columns the images of those rows, unequally as it may be."""
+    augmentation = Augmentation(SIZE, 1, True, colour_noise=np.eye(3))
+    (whole, *_), shares = iterate(training_batches(SPLIT, 0, 0, 11, augmentation)), []
+    for replica in range(2):
+        of_replica = []
+        for column in range(2):
+            mesh = Mesh(Axis(replica, 2), Axis(column, 2), hybrid)
+            batches = training_batches(SPLIT, 0, 0, 11, augmentation, mesh)
+            assert len(batches) == COUNT // 11
+            of_replica.append(next(iterate(batches)))
+        assert torch.equal(of_replica[0].labels, of_replica[1].labels)
+        shares += of_replica if hybrid else of_replica[:1]
+    for name in ("images", "flips", "shift"):
+        assert torch.equal(
+            torch.cat([getattr(each, name) for each in shares]), getattr(whole, name)
+        )
+    labels = torch.cat([each.labels for each in (shares[::2] if hybrid else shares)])
+    assert torch.equal(labels, whole.labels)
 
 
 class Broken(Coordinates):

@@ -129,15 +129,19 @@ def recorded(monkeypatch):
         record["pool"].append(tuple(output.shape[1:]))
         return output
 
-    def norm(x, *args, **kwargs):
-        record["norm"].append((tuple(x.shape[1:]), args))
-        return original["local_response_norm"](x, *args, **kwargs)
+    def norm(x, **constants):
+        names = ("size", "alpha", "beta", "k", "alpha_mode", "groups")
+        record["norm"].append((tuple(x.shape[1:]), tuple(constants[name] for name in names)))
+        return original["local_response_norm"](x, **constants)
 
-    def dropout(x, p, training, *, mode, seed):
+    def norm_and_pool(x, *, kernel_size, stride, ceil_mode, **constants):
+        return pool(norm(x, **constants), kernel_size, stride, ceil_mode=ceil_mode)
+
+    def dropout(x, p, training, *, mode, **place):
         record["dropout"].append((x.shape[1], p, training, mode))
-        return original["dropout"](x, p, training, mode=mode, seed=seed)
+        return original["dropout"](x, p, training, mode=mode, **place)
 
-    def linear(x, weight, bias, p, training, mode, **place):
+    def linear(x, weight, bias, *, p, training, mode, **place):
         if p:
             record["dropout"].append((weight.shape[0], p, training, mode))
         layer = original["linear_bias_relu_dropout"]
@@ -145,8 +149,9 @@ def recorded(monkeypatch):
 
     def whole(x, weight, bias, stride, padding, groups, **tail):
         maps = convolve(x, weight, bias, stride=stride, padding=padding, groups=groups)
-        names = ("size", "alpha", "beta", "k", "alpha_mode", "norm_groups")
-        normalised = norm(maps, *(tail[name] for name in names))
+        names = ("size", "alpha", "beta", "k", "alpha_mode")
+        constants = {name: tail[name] for name in names}
+        normalised = norm(maps, **constants, groups=tail["norm_groups"])
         return pool(normalised, tail["kernel_size"], tail["pool_stride"])
 
     replacements = {
@@ -154,6 +159,7 @@ def recorded(monkeypatch):
         "conv2d_bias_relu_lrn_max_pool2d": whole,
         "max_pool2d": pool,
         "local_response_norm": norm,
+        "lrn_max_pool2d": norm_and_pool,
         "dropout": dropout,
         "linear_bias_relu_dropout": linear,
     }

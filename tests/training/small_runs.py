@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from alexkern.data import Dataset, Split, principal_colours
+from alexkern.parallel import Mesh
 from alexkern.training import checkpoint
 from alexkern.training.loop import Outlet, Trainer
 from alexkern.training.options import resolve
@@ -32,11 +33,13 @@ def small_dataset(classes: int = 3, held_out: int = 10) -> Dataset:
     return Dataset("colours", names, train, val, True, mean, colours)
 
 
-def small_trainer(dataset: Dataset | None = None, device: str = "cpu", **given) -> Trainer:
+def small_trainer(
+    dataset: Dataset | None = None, device: str = "cpu", mesh: Mesh | None = None, **given
+) -> Trainer:
     """Five steps an epoch, three epochs; on the CPU, where sums have one order, by default."""
     chosen = {"preset": "mini", "batch_size": 8, "epochs": 3, "workers": 0, "print_freq": 2}
     options = resolve({**chosen, **given}, {})
-    return Trainer(options, dataset or small_dataset(), torch.device(device))
+    return Trainer(options, dataset or small_dataset(), torch.device(device), mesh)
 
 
 def train(trainer: Trainer, steps: int, folder: Path, **given) -> Trainer:

@@ -50,7 +50,7 @@ def test_unusable_checkpoints_are_one_line(tmp_path, state, content):
     elif content == "code":
         save_torch({"options": Path("/")}, path)
     elif content == "format":
-        save_torch({**state, "format": 2}, path)
+        save_torch({**state, "format": checkpoint.FORMAT + 1}, path)
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UsageError, match=r"checkpoint-00000003\.pt") as error:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_runs import ROOT, small_dataset, small_trainer
 
+from alexkern.data import Split, evaluation_batches
 from alexkern.predictions import Predictions
 from alexkern.training.errors import StoppedError, TrainingError
 from alexkern.training.evaluation import centre_crop, ten_crops
@@ -71,7 +72,10 @@ def test_the_predictions_have_the_evaluations_errors(tmp_path):
 
 
 def test_a_sample_that_is_left_out_is_noticed(monkeypatch):
-    monkeypatch.setattr("alexkern.training.evaluation._share", lambda count: range(1, count))
+    def shortened(split, *numbers):
+        return evaluation_batches(Split(split.images, split.labels[1:]), *numbers)
+
+    monkeypatch.setattr("alexkern.training.evaluation.evaluation_batches", shortened)
     with pytest.raises(TrainingError, match="9 samples were predicted, and the split has 10"):
         small_trainer().evaluate()
 
@@ -86,9 +90,11 @@ PROGRAM = """
 import json, sys
 import torch
 from small_runs import small_dataset, small_trainer
+from alexkern.parallel import make_mesh
 from alexkern.training.processes import joined
 with joined(torch.device("cpu")) as process:
-    trainer = small_trainer(small_dataset(held_out=int(sys.argv[2])), batch_size=3)
+    mesh = make_mesh(1, False, process.device)
+    trainer = small_trainer(small_dataset(held_out=int(sys.argv[2])), mesh=mesh, batch_size=3)
     evaluation, kept = trainer.evaluate(keep=True)
     kept = None if kept is None else kept.tolist()
     with open(f"{sys.argv[1]}/{process.rank}.json", "w") as file:
@@ -104,12 +110,13 @@ def test_any_number_of_processes_counts_each_sample_once(tmp_path, processes, im
     """Shares of 5 and 5, of 2, 3, 2 and 3, or of 0, 1 and 1, in batches of 3."""
     (tmp_path / "program.py").write_text(PROGRAM)
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    subprocess.run(
+    finished = subprocess.run(
         [sys.executable, *command, str(tmp_path / "program.py"), str(tmp_path), str(images)],
         env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests/training", "OMP_NUM_THREADS": "1", "PATH": ""},
-        check=True,
         capture_output=True,
+        text=True,
     )
+    assert finished.returncode == 0, finished.stderr
     dataset = small_dataset(held_out=images)
     alone, kept = small_trainer(dataset, batch_size=3).evaluate(keep=True)
     assert kept is not None
