@@ -3,7 +3,6 @@
 import argparse
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -77,7 +76,7 @@ def run(parsed: argparse.Namespace) -> int:
     import torch
 
     from alexkern.training.launch import launch, restarted
-    from alexkern.training.processes import Peers, joined, lost_peer
+    from alexkern.training.processes import Peers, joined, naming_lost_peers
 
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if parsed.columns > 1 and "WORLD_SIZE" not in os.environ:
@@ -86,14 +85,8 @@ def run(parsed: argparse.Namespace) -> int:
         launch(parsed.columns, parsed.max_restarts, parsed.arguments)
     if restarted():
         parsed.resume = "auto"
-    with joined(device) as process:
-        peers = Peers()
-        try:
-            return _run(parsed, process)
-        except RuntimeError as error:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # the launcher's, before the line is out
-            raise lost_peer(error, peers) or error from None
+    with joined(device) as process, naming_lost_peers(Peers()):
+        return _run(parsed, process)
 
 
 def _run(parsed: argparse.Namespace, process: "Process") -> int:
