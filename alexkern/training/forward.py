@@ -43,9 +43,7 @@ class Forward:
         self._mean = mean[centre, centre].contiguous()
 
     def replicate(self) -> None:
-        """Let replicas share gradients; to be called before training, and after each change of
-        ``requires_grad``.
-        """
+        """Let replicas add up gradients, from now on, of what learns now."""
         if self._mesh.processes == 1:
             return
         convolutions: dict[str, nn.Module] = {}

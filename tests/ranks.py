@@ -24,7 +24,7 @@ def in_processes(count: int, function: Callable[..., Any], *arguments: Any) -> l
         ranks = []
         for rank in range(count):
             here, there = _CONTEXT.Pipe(duplex=False)
-            given = (there, f"file://{store.name}", rank, count, function, arguments)
+            given = (there, f"file://{store.name}", rank, count, function, _written(arguments))
             process = _CONTEXT.Process(target=_run, args=given, daemon=True)
             process.start()
             there.close()
@@ -43,17 +43,15 @@ def _run(
     rank: int,
     count: int,
     function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    arguments: bytes,
 ) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
-        result = False, function(*arguments)
+        result = False, function(*_read(arguments))
     except BaseException:
         result = True, traceback.format_exc()
-    whole = io.BytesIO()
-    torch.save(result, whole)  # by value: what is shared ends with this process
-    there.send_bytes(whole.getvalue())
+    there.send_bytes(_written(result))
     there.close()
     if dist.is_initialized() and not result[0]:
         dist.destroy_process_group()
@@ -61,7 +59,18 @@ def _run(
 
 def _received(here: Connection) -> tuple[bool, Any]:
     try:
-        result: tuple[bool, Any] = torch.load(io.BytesIO(here.recv_bytes()), weights_only=False)
+        result: tuple[bool, Any] = _read(here.recv_bytes())
     except EOFError:
         return True, "ended without a word"
     return result
+
+
+def _written(value: Any) -> bytes:
+    """By value: tensors would be shared otherwise."""
+    whole = io.BytesIO()
+    torch.save(value, whole)
+    return whole.getvalue()
+
+
+def _read(whole: bytes) -> Any:
+    return torch.load(io.BytesIO(whole), weights_only=False)

@@ -1,0 +1,104 @@
+"""A run in several processes is the run in one."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import in_processes
+from small_runs import assert_same, newest, results, small_dataset, small_trainer
+
+from alexkern import ops
+from alexkern.parallel import make_mesh
+from alexkern.training.loop import Outlet, Silence, Trainer
+
+MESHES = {
+    "2 columns": (2, 2, False),
+    "2 replicas": (2, 1, False),
+    "hybrid": (2, 2, True),
+    "2x2": (4, 2, False),
+    "2x2 hybrid": (4, 2, True),
+}
+
+
+def trainer_in(columns: int, hybrid: bool, **given) -> Trainer:
+    """In double precision, in which orders of summation hardly show."""
+    augment = ops.augment  # which makes float32
+    ops.augment = lambda *arguments, dtype, **given: augment(*arguments, **given).to(dtype)
+    mesh = make_mesh(columns, hybrid, torch.device("cpu"))
+    trainer = small_trainer(small_dataset(), mesh=mesh, print_freq=1, **given)
+    trainer.model.double()
+    return trainer
+
+
+def run(columns: int, hybrid: bool, state: dict | None, steps: int, folder: str, given: dict):
+    """In one of the processes: train on from a state; what would be saved before and after."""
+    torch.use_deterministic_algorithms(True)
+    trainer = trainer_in(columns, hybrid, **given)
+    if state:
+        trainer.load_state_dict(state)
+    before = copy.deepcopy(trainer.state_dict())
+    first = trainer._mesh.data.index == trainer._mesh.columns.index == 0
+    outlet = Outlet(Path(folder), trainer.step) if first else Silence()
+    trainer.train(steps, outlet)
+    return before, trainer.state_dict()
+
+
+def curve(folder: Path, column: str) -> list[float]:
+    return [float(row[column]) for row in results(folder) if row[column]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Twenty steps in one process, as a function of the options; made once each."""
+    made = {}
+
+    def train(**given):
+        key = tuple(sorted(given.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("alone")
+            one = in_processes(1, run, 1, False, None, 20, str(folder), {"epochs": 4, **given})
+            made[key] = folder, one[0][1]
+        return made[key]
+
+    return train
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_curve_is_that_of_one_process(tmp_path, alone, name):
+    """Over 20 steps with dropout, colour noise, the last batches of an evaluation unequal."""
+    given = {"batch_size": 7, "colour_noise": "stdev", "conv1_epochs": 3}
+    folder, expected = alone(**given)
+    processes, columns, hybrid = MESHES[name]
+    states = in_processes(
+        *(processes, run, columns, hybrid, None, 20, str(tmp_path), {"epochs": 4, **given})
+    )
+    for column in ("train_loss", "train_top1_error", "val_loss", "val_top1_error"):
+        assert curve(tmp_path, column) == pytest.approx(curve(folder, column), rel=1e-6), column
+    assert len(curve(tmp_path, "train_loss")) == 20
+    (_, first), *others = states
+    assert first["model"].keys() == expected["model"].keys()
+    for whole, exact in (
+        (first["model"], expected["model"]),
+        (first["optimizer"]["velocity"], expected["optimizer"]["velocity"]),
+    ):
+        for parameter, tensor in exact.items():
+            torch.testing.assert_close(whole[parameter], tensor, rtol=1e-9, atol=1e-12)
+    assert all(first["meter"] == state["meter"] for _, state in others)
+
+
+def test_checkpoints_do_not_depend_on_processes(tmp_path, alone):
+    """Saved by two columns, loaded by one process and by 2x2: the same bits, and the same run."""
+    given = {"epochs": 4}
+    saved = in_processes(2, run, 2, False, None, 7, str(tmp_path), given)[0][1]
+    on_disk = newest(tmp_path)
+    assert_same(on_disk, saved)
+    _, expected = alone()
+    for processes, columns, hybrid in ((1, 1, False), (4, 2, False), (2, 2, True)):
+        folder = tmp_path / f"{processes} {columns}"
+        folder.mkdir()
+        states = in_processes(*(processes, run, columns, hybrid, on_disk, 20, str(folder), given))
+        before, after = states[0]
+        assert_same(before, on_disk)
+        for name, tensor in expected["model"].items():
+            torch.testing.assert_close(after["model"][name], tensor, rtol=1e-9, atol=1e-12)
