@@ -86,6 +86,13 @@ def load_torch(path: Path, *, sealed: bool = False) -> Any:
         raise ValueError(reason or type(error).__name__) from error
 
 
+def seal_of(path: Path) -> str:
+    """The digest in the last line of what :func:`save_torch` wrote."""
+    with open(path, "rb") as file:
+        file.seek(-_SEAL_SIZE, os.SEEK_END)
+        return file.read().removeprefix(_SEAL).decode().strip()
+
+
 def _check_seal(file: BinaryIO, required: bool) -> None:
     """Raise ValueError if the file's content is not what its last line says; rewinds."""
     size = os.fstat(file.fileno()).st_size - _SEAL_SIZE

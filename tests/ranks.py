@@ -20,11 +20,11 @@ _CONTEXT.set_forkserver_preload(
 
 def in_processes(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What the function, of a module's top level, returns in each of the processes, by rank."""
-    with tempfile.NamedTemporaryFile() as store:
+    with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(count):
             here, there = _CONTEXT.Pipe(duplex=False)
-            given = (there, f"file://{store.name}", rank, count, function, _written(arguments))
+            given = (there, f"file://{folder}/store", rank, count, function, _written(arguments))
             process = _CONTEXT.Process(target=_run, args=given, daemon=True)
             process.start()
             there.close()
@@ -47,7 +47,11 @@ def _run(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
+        backends = "gloo"
+        if torch.cuda.device_count() >= count:
+            torch.cuda.set_device(rank)
+            backends = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backends, init_method=store, rank=rank, world_size=count)
         result = False, function(*_read(arguments))
     except BaseException:
         result = True, traceback.format_exc()

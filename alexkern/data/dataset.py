@@ -1,5 +1,6 @@
 """The one type of all data sets, and where each comes from."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -65,6 +66,15 @@ class Dataset:
     flip: bool
     mean: NDArray[np.float32]
     colours: Colours
+
+    @property
+    def digest(self) -> str:
+        """Of classes, labels and mean image: another one means other data."""
+        parts = (self.train.labels, self.val.labels, self.mean)
+        whole = hashlib.sha256(repr(self.class_names).encode())
+        for part in parts:
+            whole.update(part.tobytes())
+        return whole.hexdigest()
 
 
 def load_dataset(data: str, size: int, seed: int = 0) -> Dataset:

@@ -228,13 +228,15 @@ def _installed(gpu: str) -> Table | None:
     return Table(gpu, versions(), entries)
 
 
-_shared: dict[str, Table | None] = {}
-
-
 def table_of(device: torch.device) -> Table | None:
     """The table that counts on a device."""
-    gpu = gpu_name(device)
-    return _shared[gpu] if gpu in _shared else _installed(gpu)
+    return _installed(gpu_name(device))
+
+
+def table_digest(device: torch.device) -> str:
+    """Of what counts on a device, empty for nothing: processes of one run must agree on it."""
+    table = table_of(device)
+    return hashlib.sha256(repr(table).encode()).hexdigest() if table else ""
 
 
 @cache
@@ -246,34 +248,7 @@ def gpu_name(device: torch.device) -> str:
 def reload() -> None:
     """Read the tables again when next needed."""
     _installed.cache_clear()
-    _shared.clear()
     _chosen.cache_clear()
-
-
-def share_table(device: torch.device, group: Any = None) -> None:
-    """Let all ranks of a run choose by the table of rank 0; without a run nothing happens.
-
-    Args:
-        device: Of this rank; a GPU of the same kind on all.
-        group: Of processes; None for all.
-
-    Raises:
-        TableError: On all ranks, if that of rank 0 cannot be read.
-    """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    content: list[Any] = [None]
-    if distributed.get_rank(group) == 0:
-        try:
-            content = [table_of(device)]
-        except TableError as error:
-            content = [error]
-    distributed.broadcast_object_list(content, group=group, group_src=0)
-    if isinstance(content[0], TableError):
-        raise content[0]
-    reload()
-    _shared[gpu_name(device)] = content[0]
 
 
 _recorders: list[dict[Convolution, None]] = []

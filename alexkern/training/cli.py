@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from alexkern.training.errors import StoppedError, TrainingError, UsageError
 from alexkern.training.options import CHOICES, Options, read_config, resolve
 
 if TYPE_CHECKING:
-    from alexkern.models import AlexNet
+    from alexkern.data import Dataset
+    from alexkern.parallel import Mesh
     from alexkern.training.loop import Trainer
     from alexkern.training.processes import Process
 
@@ -23,6 +25,9 @@ PROGRAM = "train_alexnet.py"
 # One epoch of the digits: some two minutes in Triton's interpreter on two cores, and enough for
 # an error well below 50 %.
 INTERPRETED_STEPS = 44
+
+# A launcher passes on a signal that reached its processes as well.
+_ECHO_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted before there was anything to save.
     """
     parsed = _parser().parse_args(arguments)
+    parsed.arguments = sys.argv[1:] if arguments is None else arguments
     # OpenMP's threads spin while they wait for each other, which on a machine that does anything
     # else makes small networks ten times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -70,58 +76,108 @@ def run(parsed: argparse.Namespace) -> int:
     """Do what the command line says; raises what :func:`main` turns into exit codes."""
     import torch
 
-    resumed = _resumed(parsed)
+    from alexkern.training.launch import launch, restarted
+    from alexkern.training.processes import Peers, joined, lost_peer
+
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if parsed.columns > 1 and "WORLD_SIZE" not in os.environ:
+        if not parsed.resume:
+            resolve(_given(parsed), {})  # one complaint, before there are several processes
+        launch(parsed.columns, parsed.max_restarts, parsed.arguments)
+    if restarted():
+        parsed.resume = "auto"
+    with joined(device) as process:
+        peers = Peers()
+        try:
+            return _run(parsed, process)
+        except RuntimeError as error:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # the launcher's, before the line is out
+            raise lost_peer(error, peers) or error from None
+
+
+def _run(parsed: argparse.Namespace, process: "Process") -> int:
+    """In one of the processes that have found each other."""
+    from alexkern.parallel import make_mesh
+    from alexkern.training.loop import Outlet, Silence, Trainer
+    from alexkern.training.processes import Wishes, agreed_start
+    from alexkern.training.signals import StopSignal
+
+    with agreed_start() as facts:
+        resumed, options, dataset = _prepared(parsed, process, facts)
+    try:
+        mesh = make_mesh(parsed.columns, parsed.parallel == "hybrid", process.device)
+    except ValueError as error:
+        raise UsageError(f"--columns {parsed.columns}: {error}") from error
+    trainer = Trainer(options, dataset, process.device, mesh)
+    if resumed:
+        trainer.load_state_dict(resumed[1], training=not parsed.evaluate)
+        _say(process, _resumption(*resumed, options))
+    elif options.weights:
+        _load_weights(trainer, options)
+    _say(process, _description(options, dataset, mesh, process.device))
+    if parsed.evaluate:
+        _evaluate(parsed, trainer, process)
+        return 0
+    last_step = _last_step(parsed, process, options, trainer)
+    first, folder = process.rank == 0, None
+    with agreed_start():
+        if first:
+            folder = _output_folder(parsed, options, resumed)
+    _say(process, f"writing to {folder}")
+    with StopSignal(_ECHO_SECONDS if process.processes > 1 else 0.0) as stop:
+        asked = (lambda: bool(stop)), Wishes()
+        outlet = (
+            Outlet(folder, trainer.step, asked[0], parsed.tensorboard, asked[1])
+            if folder
+            else Silence(*asked)
+        )
+        done = trainer.train(last_step, outlet)
+        if done and (parsed.ten_crop or parsed.predictions):
+            done = _evaluate(parsed, trainer, process, outlet.stopping)
+        asked[1].drain()
+    _say(
+        process,
+        trainer.summary()
+        if done
+        else f"stopped by {stop.received or 'another process'} after step {trainer.step}, and "
+        f"saved: continue with --resume --output {folder}",
+    )
+    return 0
+
+
+def _prepared(
+    parsed: argparse.Namespace, process: "Process", facts: dict[str, str]
+) -> "tuple[tuple[Path, dict[str, Any]] | None, Options, Dataset]":
+    """What needs no other process; ``facts`` gets what all must have the same."""
+    from alexkern.data import load_dataset
+    from alexkern.files import seal_of
+    from alexkern.models import get_preset
+    from alexkern.runtime import dispatch
+
+    resumed = _resumed(parsed, process)
     options = resolve(_given(parsed), resumed[1]["options"] if resumed else {})
     if parsed.evaluate and not resumed and not options.weights:
         raise UsageError(
             "--evaluate needs a trained network: add --resume CHECKPOINT or --weights FILE"
         )
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    interpreted = options.kernels == "triton" and device.type == "cpu"
-    if interpreted:
+    if _is_interpreted(options, process):
         # Triton reads it when first imported, which torch leaves to the first kernel.
         os.environ["TRITON_INTERPRET"] = "1"
     _set_switches(options)
+    dataset = load_dataset(options.data, get_preset(options.preset).stored_size, options.seed)
+    names = ("columns", "parallel", "steps", "evaluate", "ten_crop")
+    facts |= {f"--{name.replace('_', '-')}": str(getattr(parsed, name)) for name in names}
+    facts["the configuration"] = options.to_toml()
+    facts["--data"] = f"{dataset.name}, digest {dataset.digest}"
+    facts["the checkpoint"] = f"{resumed[0].name}, digest {seal_of(resumed[0])}" if resumed else ""
+    facts["the GPU"] = dispatch.gpu_name(process.device)
+    facts["the table of kernels"] = dispatch.table_digest(process.device)
+    return resumed, options, dataset
 
-    from alexkern.data import load_dataset
-    from alexkern.models import get_preset
-    from alexkern.training.loop import Outlet, Trainer
-    from alexkern.training.processes import joined
-    from alexkern.training.signals import StopSignal
 
-    with joined(device) as process:
-        if process.processes > 1 and not parsed.evaluate:
-            raise UsageError(
-                f"training takes one process, and WORLD_SIZE is {process.processes}; "
-                "--evaluate takes any number"
-            )
-        device = process.device
-        dataset = load_dataset(options.data, get_preset(options.preset).stored_size, options.seed)
-        trainer = Trainer(options, dataset, device)
-        if resumed:
-            trainer.load_state_dict(resumed[1], training=not parsed.evaluate)
-            _say(process, _resumption(*resumed, options))
-        elif options.weights:
-            _load_weights(trainer.model, options)
-        _say(process, _description(options, dataset, trainer.model, device))
-        if parsed.evaluate:
-            _evaluate(parsed, trainer, process)
-            return 0
-        last_step = _last_step(parsed, interpreted, trainer.step, trainer.total_steps)
-        folder = _output_folder(parsed, options, resumed)
-        print(f"writing to {folder}", flush=True)
-        with StopSignal() as stop:
-            outlet = Outlet(folder, trainer.step, lambda: bool(stop), parsed.tensorboard)
-            done = trainer.train(last_step, outlet)
-            if done and (parsed.ten_crop or parsed.predictions):
-                done = _evaluate(parsed, trainer, process, outlet.stopping)
-        print(
-            trainer.summary()
-            if done
-            else f"stopped by {stop.received} after step {trainer.step}, and saved: continue with "
-            f"--resume --output {folder}"
-        )
-    return 0
+def _is_interpreted(options: Options, process: "Process") -> bool:
+    return options.kernels == "triton" and process.device.type == "cpu"
 
 
 def _given(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -131,11 +187,9 @@ def _given(parsed: argparse.Namespace) -> dict[str, Any]:
     return from_file | {name: value for name, value in flags.items() if value is not None}
 
 
-def _load_weights(model: "AlexNet", options: Options) -> None:
-    from alexkern.models import load_weights
-
+def _load_weights(trainer: "Trainer", options: Options) -> None:
     try:
-        load_weights(model, options.weights, new_head=options.new_head)
+        trainer.load_weights(options.weights, options.new_head)
     except (ValueError, ImportError, FileNotFoundError) as error:
         raise UsageError(f"--weights: {error}") from error
 
@@ -175,7 +229,9 @@ def _evaluate(
     return True
 
 
-def _resumed(parsed: argparse.Namespace) -> "tuple[Path, dict[str, Any]] | None":
+def _resumed(
+    parsed: argparse.Namespace, process: "Process"
+) -> "tuple[Path, dict[str, Any]] | None":
     """The checkpoint to go on from: a file, or the newest whole one of a run's folder."""
     from alexkern.training import checkpoint
 
@@ -191,7 +247,7 @@ def _resumed(parsed: argparse.Namespace) -> "tuple[Path, dict[str, Any]] | None"
     if newest is None:
         if not automatic or parsed.evaluate:
             raise UsageError(f"no checkpoint in {path}")
-        print(f"no checkpoint in {path} yet: a new run")
+        _say(process, f"no checkpoint in {path} yet: a new run")
     return newest
 
 
@@ -248,31 +304,47 @@ def _check_nothing_is_lost(
         )
 
 
-def _last_step(parsed: argparse.Namespace, interpreted: bool, step: int, total_steps: int) -> int:
+def _last_step(
+    parsed: argparse.Namespace, process: "Process", options: Options, trainer: "Trainer"
+) -> int:
     """Where the run ends: --steps, or the schedule's end, or sooner in the interpreter."""
+    total = trainer.total_steps
     if parsed.steps is not None:
         return int(parsed.steps)
-    if interpreted and parsed.epochs is None and total_steps - step > INTERPRETED_STEPS:
-        last_step = step + INTERPRETED_STEPS
-        print(
+    interpreted = _is_interpreted(options, process)
+    if interpreted and parsed.epochs is None and total - trainer.step > INTERPRETED_STEPS:
+        last_step = trainer.step + INTERPRETED_STEPS
+        _say(
+            process,
             f"no GPU: Triton's interpreter runs the kernels, some hundred times slower, so this "
-            f"run ends after {last_step} of {total_steps} steps (choose with --steps or --epochs)"
+            f"run ends after {last_step} of {total} steps (choose with --steps or --epochs)",
         )
         return last_step
-    return total_steps
+    return total
 
 
-def _description(options: Options, dataset: Any, model: Any, device: Any) -> str:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    target = [f"to be reached: {options.target}"] if options.target else []
-    return "\n".join(
-        [
-            f"preset {options.preset}, {parameters:,} parameters; {options.kernels} kernels on "
-            f"{device}; {options.data}: {len(dataset.train.labels):,} training and "
-            f"{len(dataset.val.labels):,} held-out images of {len(dataset.class_names)} classes",
-            *target,
-        ]
-    )
+def _description(options: Options, dataset: "Dataset", mesh: "Mesh", device: Any) -> str:
+    import torch
+
+    from alexkern.models import AlexNet, get_preset
+
+    with torch.device("meta"):
+        network = AlexNet(get_preset(options.preset), len(dataset.class_names))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    lines = [
+        f"preset {options.preset}, {parameters:,} parameters; {options.kernels} kernels on "
+        f"{device}; {options.data}: {len(dataset.train.labels):,} training and "
+        f"{len(dataset.val.labels):,} held-out images of {len(dataset.class_names)} classes"
+    ]
+    if mesh.processes > 1:
+        cut = f"of {mesh.columns.count} columns" if mesh.columns.count > 1 else "of one process"
+        lines.append(
+            f"{mesh.processes} processes: {mesh.data.count} x a network {cut}"
+            f"{', its fully connected layers alone' if mesh.hybrid else ''}"
+        )
+    if options.target:
+        lines.append(f"to be reached: {options.target}")
+    return "\n".join(lines)
 
 
 def _say(process: "Process", text: str) -> None:
@@ -321,6 +393,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(parser.add_argument_group("the run"))
     _add_recipe(parser.add_argument_group("the recipe (defaults: the preset's)"))
     _add_machine(parser.add_argument_group("the machine"))
+    _add_processes(
+        parser.add_argument_group("several processes (replicas share a batch, under torchrun)")
+    )
     _add_evaluation(parser.add_argument_group("evaluation"))
     return parser
 
@@ -451,6 +526,31 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         type=_integer(0),
         metavar="N",
         help="processes that prepare batches (default: 0 for the small sets, else one per core)",
+    )
+
+
+def _add_processes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--columns",
+        type=_integer(1),
+        default=1,
+        metavar="N",
+        help="divide each layer's units among N processes; without torchrun they are started here, "
+        "on a GPU each (default: 1)",
+    )
+    group.add_argument(
+        "--parallel",
+        choices=("columns", "hybrid"),
+        default="columns",
+        help="hybrid: only the fully connected layers are in columns, which share the images of "
+        "the convolutions (default: columns)",
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=_integer(0),
+        default=0,
+        metavar="N",
+        help="of processes that --columns has started, if one of them ends early (default: 0)",
     )
 
 

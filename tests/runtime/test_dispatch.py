@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -186,46 +182,12 @@ def test_boxes_of_gradients_of_one_pixel(folder, triton):
         assert torch.equal(actual.grad, exact.grad)
 
 
-_RANK = """
-import sys, torch
-from alexkern.runtime import dispatch
-from test_dispatch import CPU, PROBLEM
-rank, port = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group(
-    "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-)
-try:
-    dispatch.share_table(CPU)
-    print(dispatch.choose(PROBLEM, CPU, "auto"))
-except dispatch.TableError:
-    print("broken")
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_all_ranks_use_the_table_of_the_first(folder, broken):
-    install(table(*MEASURED), folder)
-    if broken:
-        dispatch.table_path(folder, "cpu").write_text("{")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank, tables in enumerate((folder, folder / "empty")):
-        environment = {
-            **os.environ,
-            "ALEXKERN_TABLES": str(tables),
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'runtime'}",
-        }
-        command = [sys.executable, "-c", _RANK, str(rank), port]
-        ranks.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-        )
-    outputs = [process.communicate(timeout=120)[0].strip() for process in ranks]
-    assert outputs == ["broken" if broken else "vendor channels_last_split"] * 2
-
-
-def test_sharing_without_a_run_changes_nothing():
-    dispatch.share_table(CPU)
-    assert dispatch.choose(PROBLEM, CPU, "triton") == Choice()
+def test_a_digest_tells_tables_apart(folder):
+    """Processes of one run compare them; the same table has the same in all."""
+    assert dispatch.table_digest(CPU) == ""
+    digests = []
+    for entries in (MEASURED, MEASURED, MEASURED[:1]):
+        install(table(*entries), folder)
+        digests.append(dispatch.table_digest(CPU))
+    assert digests[0] == digests[1] != digests[2]
+    assert "" not in digests

@@ -3,7 +3,8 @@
 import csv
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,14 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
     process = start_program(*arguments)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_for(
+    condition: Callable[[], object], process: subprocess.Popen, seconds: float = 60
+) -> None:
+    """Until it holds, which it must before the process ends or time is up."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)

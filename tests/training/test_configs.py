@@ -40,6 +40,7 @@ class Source(NamedTuple):
     conv1_epochs: int | None = None
     chunk: int = 32
     noise: str = "stdev"
+    half_exchange: bool = False
 
 
 def by_hand(*drops: int, rate: float = 0.01) -> dict[float, float]:
@@ -117,7 +118,13 @@ SOURCES = {
         conv1_epochs=73,
     ),
     "krizhevsky2012-170-quant": Source(
-        (0.405240, 0.184160), QUARTERS, 95, bias_rates=HALVES, noise_epochs=68, conv1_epochs=74
+        (0.405240, 0.184160),
+        QUARTERS,
+        95,
+        bias_rates=HALVES,
+        noise_epochs=68,
+        conv1_epochs=74,
+        half_exchange=True,
     ),
     "krizhevsky2012-141-2009-half": Source(
         (0.674, 0.409), by_hand(6, 13, 25), 28, "conv6", noise_epochs=18, conv1_epochs=21
@@ -198,6 +205,7 @@ def test_a_file_is_the_run_of_its_source(file: Path) -> None:
     )
     assert options.conv1_epochs == source.conv1_epochs
     assert options.crop_chunk == source.chunk
+    assert (options.half_exchange, options.amp) == (source.half_exchange, "off")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

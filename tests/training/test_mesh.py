@@ -1,6 +1,7 @@
 """A run in several processes is the run in one."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from ranks import in_processes
 from small_runs import assert_same, newest, results, small_dataset, small_trainer
 
 from alexkern import ops
+from alexkern.data import iterate
 from alexkern.parallel import make_mesh
 from alexkern.training.loop import Outlet, Silence, Trainer
 
@@ -102,3 +104,34 @@ def test_checkpoints_do_not_depend_on_processes(tmp_path, alone):
         assert_same(before, on_disk)
         for name, tensor in expected["model"].items():
             torch.testing.assert_close(after["model"][name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def broken_step(columns: int, amp: str, value: float):
+    """One step in which only the last process has a gradient that is not finite."""
+    mesh = make_mesh(columns, False, torch.device("cpu"))
+    trainer = small_trainer(small_dataset(), mesh=mesh, amp=amp)
+    step = trainer._make_step(0)
+    step.set_rates([0.01, 0.01])
+    batch = next(iterate(trainer._training_batches(0)))
+    step(batch, [1, 2])
+    before = copy.deepcopy(trainer.model.state_dict())
+    if (mesh.data.index + 1, mesh.columns.index + 1) == (mesh.data.count, mesh.columns.count):
+        trainer.model.fc7.bias.register_hook(lambda gradient: gradient + value)
+    outcome = step(batch, [1, 2])
+    after = trainer.model.state_dict()
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    return same, outcome.finite.tolist(), trainer._scaler.state_dict().get("scale")
+
+
+@pytest.mark.parametrize(
+    ("columns", "amp", "value"), [(2, "off", math.nan), (2, "fp16", math.inf), (1, "off", math.inf)]
+)
+def test_no_process_moves_where_one_has_a_broken_gradient(columns, amp, value):
+    found = in_processes(2, broken_step, columns, amp, value)
+    assert found[0] == found[1]
+    unchanged, finite, scale = found[0]
+    assert unchanged
+    if amp == "off":
+        assert finite == [True, False]
+    else:
+        assert scale == 2.0**15  # half of what it begins with

@@ -22,6 +22,7 @@ from small_runs import (
     small_trainer,
     start_program,
     train,
+    wait_for,
 )
 
 from alexkern.data import Split
@@ -33,14 +34,6 @@ RUN = [
     *("--data", "digits", "-b", "128", "--epochs", "3", "--steps", "24", "--print-freq", "3"),
     *("--save-minutes", "0", "--colour-noise", "stdev", "--resume", "auto"),
 ]
-
-
-def wait_for(condition, process, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def has_steps(folder, count):

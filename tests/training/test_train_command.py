@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import ROOT, assert_same, newest, rows, run_program
+from small_runs import PROGRAM, ROOT, assert_same, newest, rows, run_program, start_program
 
 from alexkern.predictions import Predictions
 from alexkern.training.cli import INTERPRETED_STEPS, main
@@ -293,15 +293,30 @@ def test_a_finished_run_says_so(small, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "nothing was left to do after step 3"
 
 
-def test_training_by_several_processes_is_refused(small, monkeypatch, capsys):
-    """What evaluation can do, training cannot."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    program = [str(ROOT / "train_alexnet.py"), *small]
-    found = subprocess.run(
-        [*launcher, "--nproc-per-node=2", *program], capture_output=True, text=True, check=False
-    )
-    assert found.returncode != 0
-    assert "training takes one process, and WORLD_SIZE is 2" in found.stderr
+@pytest.mark.slow
+def test_replicas_under_torchrun(small, tmp_path):
+    """A folder of images, workers, TensorBoard, ten crops, predictions: all once, as by one."""
+    more = ["--ten-crop", "--epochs", "1", "-j", "1", "--tensorboard"]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    found = {}
+    for name, program in {"one": PROGRAM, "two": (*torchrun, *PROGRAM[1:])}.items():
+        output = ["--output", str(tmp_path / name), "--predictions", str(tmp_path / f"{name}.npz")]
+        process = start_program(*small, *more, *output, program=program)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.count("ten crops: ") == out.count("held out after step 3") == 1
+        found[name] = Predictions.load(tmp_path / f"{name}.npz")
+    assert "2 processes: 2 x a network of one process" in out
+    np.testing.assert_allclose(found["two"].probabilities, found["one"].probabilities, rtol=1e-3)
+    losses = [float(rows(tmp_path / name)[-1]["val_loss"]) for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_columns_that_processes_do_not_divide_into(small, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main([*small, "--columns", "2"]) == 2
+    line = "--columns 2: 1 processes do not divide into 2 columns each"
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("world", ["2", "many"])
