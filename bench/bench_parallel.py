@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.multiprocessing.spawn import spawn
 
-import alexkern
+from alexkern.data import Batch
 from alexkern.models import AlexNet
 from alexkern.optim import KrizhevskySGD
-from alexkern.parallel import make_mesh, replicated
+from alexkern.parallel import make_mesh
+from alexkern.training.forward import Forward
+from alexkern.training.step import Scaler, Step
 from bench.conftest import Keep
 from bench.record import Key
 from bench.scaling import CPU_BATCH, CPU_CLASSES, CPU_LAYOUTS, CPU_PRESET, Layout
 
-_ROUNDS, _WARM_UP = 20, 3
+_ROUNDS, _WARM_UP = 40, 3
 _CPU = torch.device("cpu")
 
 Call = Callable[[], Any]
@@ -71,33 +72,31 @@ def _time(benchmark: Any, processes: int, make: Make, *arguments: Any) -> None:
                 pass
 
 
-def _step(layout: Layout, batch: int) -> Call:
-    """A training step of this process."""
+def _step(layout: Layout, batch_size: int) -> Call:
+    """The training step of this process."""
     mesh = make_mesh(layout.columns, layout.hybrid, _CPU)
     model = AlexNet(CPU_PRESET, CPU_CLASSES, mesh)
-    layers = dict(model.named_children())
-    convolutions = {name: layer for name, layer in layers.items() if name.startswith("conv")}
-    connected = {name: layer for name, layer in layers.items() if name.startswith("fc")}
-    features = replicated(model.features, convolutions, mesh.convolution_replicas)
-    classify = replicated(model.classify, connected, mesh.data)
-    optimizer = KrizhevskySGD(model.parameters(), lr=0.01)
-    images = torch.randn(batch // layout.feature_shares, 3, *[CPU_PRESET.crop_size] * 2)
-    images = images.contiguous(memory_format=torch.channels_last)
-    rows = mesh.data.portion(range(batch))
-    labels, seeds = torch.arange(len(rows)) % CPU_CLASSES, torch.tensor([3, 4])
-
-    def step() -> None:
-        with alexkern.use_backend("torch"):
-            logits = classify(features(images), seeds, rows)
-            if mesh.columns.index == 0:
-                loss = F.cross_entropy(logits, labels, reduction="sum") / batch
-            else:
-                loss = logits.sum()  # of nothing
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    return step
+    stored, crop = CPU_PRESET.stored_size, CPU_PRESET.crop_size
+    forward = Forward(model, torch.zeros(stored, stored, 3), "torch", "off", mesh)
+    forward.replicate()
+    step = Step(
+        forward,
+        KrizhevskySGD(model.parameters(), lr=0.0),
+        Scaler(_CPU, False, mesh),
+        divisor=1.0,
+        device=_CPU,
+        capture=False,
+        batch_size=batch_size,
+        mesh=mesh,
+    )
+    images = batch_size // layout.feature_shares
+    batch = Batch(
+        torch.zeros(images, crop, crop, 3, dtype=torch.uint8),
+        torch.zeros(images, dtype=torch.bool),
+        torch.randn(images, 3),
+        torch.arange(batch_size // layout.data) % CPU_CLASSES,
+    )
+    return lambda: step(batch, (3, 4))
 
 
 def _swap(size: int) -> Call:

@@ -277,5 +277,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         write(
             f"{len(skipped)} benchmarks need a GPU and were skipped: the ops and the network "
             "against cuDNN (NCHW and channels_last) and torch.compile. Measured above: host "
-            "overhead of a call and the data pipeline."
+            "overhead of a call, the data pipeline and steps of several processes."
         )

@@ -7,14 +7,17 @@ import torch
 import torch.distributed as dist
 from ranks import in_processes
 from test_columns import CPU, small
-from torch.nn import functional
 
-import alexkern
+from alexkern.data import Batch
 from alexkern.models import AlexNet
-from alexkern.parallel import make_mesh, replicated
+from alexkern.optim import KrizhevskySGD
+from alexkern.parallel import make_mesh
+from alexkern.training.forward import Forward
+from alexkern.training.step import Scaler, Step
 from bench.scaling import Layout, exchanges, gradients
 
 BATCH, CLASSES = 8, 5
+LOSS = 4 * 8  # four numbers in float64, summed by all processes
 
 
 def counted(
@@ -38,20 +41,23 @@ def counted(
     mesh = make_mesh(layout.columns, layout.hybrid, CPU)
     results = [], []
     for name in names:
-        model = AlexNet(small(name), CLASSES, mesh, dtype)
-        layers = dict(model.named_children())
-        first = {name: each for name, each in layers.items() if name.startswith("conv")}
-        last = {name: each for name, each in layers.items() if name.startswith("fc")}
-        features = replicated(model.features, first, mesh.convolution_replicas)
-        classify = replicated(model.classify, last, mesh.data)
+        preset = small(name)
+        model = AlexNet(preset, CLASSES, mesh, dtype)
+        mean = torch.zeros(preset.stored_size, preset.stored_size, 3)
+        forward = Forward(model, mean, "torch", "off", mesh)
+        forward.replicate()
+        optimizer, scaler = KrizhevskySGD(model.parameters(), lr=0.1), Scaler(CPU, False, mesh)
+        step = Step(forward, optimizer, scaler, 1.0, CPU, False, BATCH, mesh)
+        images = BATCH // layout.feature_shares
+        batch = Batch(
+            torch.zeros(images, 32, 32, 3, dtype=torch.uint8),
+            torch.zeros(images, dtype=torch.bool),
+            torch.zeros(images, 3),
+            torch.zeros(BATCH // layout.data, dtype=torch.int64),
+        )
         sent.clear()
         summed.clear()
-        images = torch.zeros(BATCH // layout.feature_shares, 3, 32, 32)
-        rows = range(BATCH // layout.data)
-        with alexkern.use_backend("torch"):
-            logits = classify(features(images), torch.zeros(2, dtype=torch.int64), rows)
-        target = torch.zeros(len(logits), dtype=torch.int64)
-        (functional.cross_entropy(logits, target) if logits.numel() else logits.sum()).backward()
+        step(batch, (3, 4))
         for result, counts in zip(results, (sent, summed), strict=True):
             result.append(Counter(counts))
     return results
@@ -79,7 +85,7 @@ def test_bytes_of_a_step(layout: Layout, dtype: torch.dtype | None) -> None:
                 if transfer.source == column:
                     expected[transfer.target] += transfer.bytes
             assert sent == expected, name
-            expected.clear()
+            expected = Counter({layout.processes: LOSS})
             for each in gradients(preset, CLASSES, layout, column):
                 if each.processes > 1:
                     expected[each.processes] += each.bytes
