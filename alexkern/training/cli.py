@@ -79,6 +79,9 @@ def run(parsed: argparse.Namespace) -> int:
     from alexkern.training.processes import Peers, joined, naming_lost_peers
 
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        # Triton reads it when first imported: here with the first kernel, or by torch.distributed.
+        os.environ["TRITON_INTERPRET"] = "1"
     if parsed.columns > 1 and "WORLD_SIZE" not in os.environ:
         if not parsed.resume:
             resolve(_given(parsed), {})  # one complaint, before there are several processes
@@ -154,9 +157,6 @@ def _prepared(
         raise UsageError(
             "--evaluate needs a trained network: add --resume CHECKPOINT or --weights FILE"
         )
-    if _is_interpreted(options, process):
-        # Triton reads it when first imported, which torch leaves to the first kernel.
-        os.environ["TRITON_INTERPRET"] = "1"
     _set_switches(options)
     dataset = load_dataset(options.data, get_preset(options.preset).stored_size, options.seed)
     names = ("columns", "parallel", "steps", "evaluate", "ten_crop")
