@@ -75,7 +75,7 @@ def run(parsed: argparse.Namespace) -> int:
     """Do what the command line says; raises what :func:`main` turns into exit codes."""
     import torch
 
-    from alexkern.training.launch import launch, restarted
+    from alexkern.training.launch import launch
     from alexkern.training.processes import Peers, joined, naming_lost_peers
 
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -86,8 +86,6 @@ def run(parsed: argparse.Namespace) -> int:
         if not parsed.resume:
             resolve(_given(parsed), {})  # one complaint, before there are several processes
         launch(parsed.columns, parsed.max_restarts, parsed.arguments)
-    if restarted():
-        parsed.resume = "auto"
     with joined(device) as process, naming_lost_peers(Peers()):
         return _run(parsed, process)
 
@@ -99,6 +97,8 @@ def _run(parsed: argparse.Namespace, process: "Process") -> int:
     from alexkern.training.processes import Wishes, agreed_start
     from alexkern.training.signals import StopSignal
 
+    if process.has_begun and not _is_empty(parsed.output):
+        parsed.resume = "auto"
     with agreed_start() as facts:
         resumed, options, dataset = _prepared(parsed, process, facts)
     try:
@@ -120,6 +120,7 @@ def _run(parsed: argparse.Namespace, process: "Process") -> int:
     with agreed_start():
         if first:
             folder = _output_folder(parsed, options, resumed)
+            process.note_beginning()
     _say(process, f"writing to {folder}")
     with StopSignal(_ECHO_SECONDS if process.processes > 1 else 0.0) as stop:
         asked = (lambda: bool(stop)), Wishes()
@@ -289,12 +290,17 @@ def _check_nothing_is_lost(
     if parsed.resume == "auto":
         return
     if resumed is None or output.resolve() != resumed[0].parent.resolve():
-        if any(output.glob("*.pt")):
+        if not _is_empty(output):
             raise UsageError(f"{output} holds a run: add --resume, or choose another --output")
     elif Path(parsed.resume).is_file() and (later := checkpoint.newer(output, resumed[1]["step"])):
         raise UsageError(
             f"{later[0]} is newer than {resumed[0].name}: choose another --output, so that it stays"
         )
+
+
+def _is_empty(output: str | Path | None) -> bool:
+    """Whether a run's folder is known and has no checkpoints."""
+    return output is not None and not any(Path(output).glob("*.pt"))
 
 
 def _last_step(

@@ -45,11 +45,6 @@ def launch(columns: int, max_restarts: int, arguments: Sequence[str]) -> NoRetur
     os.execv(sys.executable, command)
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process in place of one that ended early."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
 def _cores() -> int:
     """Those that this process may use."""
     if hasattr(os, "sched_getaffinity"):

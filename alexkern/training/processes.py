@@ -21,6 +21,7 @@ from alexkern.training.errors import TrainingError, UsageError
 
 T = TypeVar("T")
 
+_BEGUN = "begun"
 _ADVICE = "start the processes with torchrun, or unset WORLD_SIZE"
 _LEAVE_SECONDS = 3.0
 _SHOWN = 60  # characters of a value in a message
@@ -33,11 +34,23 @@ class Process(NamedTuple):
         rank: Its number.
         processes: How many there are.
         device: Its own.
+        attempts: What torchrun keeps while it starts the processes again; None if it keeps nothing.
     """
 
     rank: int
     processes: int
     device: torch.device
+    attempts: Store | None = None
+
+    def note_beginning(self) -> None:
+        """Note that the run has begun, for attempts that may follow this one."""
+        if self.attempts is not None:
+            self.attempts.set(_BEGUN, "yes")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an attempt of the run had begun when this process was started again."""
+        return self.attempts is not None and bool(self.attempts.check([_BEGUN]))
 
 
 @contextmanager
@@ -68,13 +81,14 @@ def joined(device: torch.device) -> Iterator[Process]:
     if device.type == "cuda":
         device, backends = _own_gpu(), "cpu:gloo,cuda:nccl"
     try:
+        store, attempts = _stores()
         # No device_id, which has the groups of a mesh split off NCCL's communicator: to leave such
         # may hang (github.com/pytorch/pytorch/issues/190396).
-        dist.init_process_group(backends, store=_store(), rank=rank, world_size=processes)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=processes)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the processes do not find each other ({_line(error)})") from error
     try:
-        yield Process(rank, processes, device)
+        yield Process(rank, processes, device, attempts)
     except BaseException:
         # What others have yet to take part in would hold this up.
         leaving = Thread(target=_leave, daemon=True)
@@ -122,16 +136,17 @@ def _own_gpu() -> torch.device:
     return device
 
 
-def _store() -> Store:
-    """Where the processes find each other.
+def _stores() -> tuple[Store, Store | None]:
+    """Where the processes find each other; and what all attempts share, if there is such a thing.
 
     One that torchrun keeps outlives its workers, and holds what they wrote when it starts them
     again: each attempt has a part of it. Not so any other: nodes may count attempts differently.
     """
     store, _, _ = next(rendezvous("env://"))
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
-    return PrefixStore(f"attempt_{attempt}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return PrefixStore("attempt_0", store), None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"attempt_{attempt}", store), PrefixStore("attempts", store)
 
 
 class Peers:

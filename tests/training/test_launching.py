@@ -19,16 +19,18 @@ PROGRAM = """
 import os, signal, sys, time
 import torch
 import torch.distributed as dist
-from alexkern.training.launch import launch, restarted
+from alexkern.training.launch import launch
 from alexkern.training.processes import joined
 from alexkern.training.signals import StopSignal
 
 if "WORLD_SIZE" not in os.environ:
     launch(2, 1, sys.argv[1:])
 with joined(torch.device("cpu")) as process, StopSignal(echo_seconds=5.0) as stop:
+    begun = process.has_begun
     total = torch.ones(())
     dist.all_reduce(total)
-    if process.rank == 1 and not restarted():
+    process.note_beginning()
+    if process.rank == 1 and not begun:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(total)
     path = f"{sys.argv[-1]}/ready-{process.rank}"
@@ -115,14 +117,6 @@ def test_restarts_need_a_folder(started):
     with pytest.raises(UsageError, match="--max-restarts 1 needs --output, the folder"):
         launch.launch(2, 1, ["--columns", "2"])
     assert not started
-
-
-@pytest.mark.parametrize(("count", "restarts"), [(None, False), ("0", False), ("2", True)])
-def test_restarted(monkeypatch, count, restarts):
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    if count is not None:
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-    assert launch.restarted() is restarts
 
 
 def test_an_echo_does_not_count_and_a_second_signal_does():

@@ -208,7 +208,9 @@ def test_an_environment_that_cannot_be_is_one_line(monkeypatch, changed, words):
 def test_alone_everything_is_granted_at_once(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined(CPU) as process:
-        assert process == (0, 1, CPU)
+        assert process == (0, 1, CPU, None)
+        process.note_beginning()
+        assert not process.has_begun
         assert not dist.is_initialized()
         wishes = Wishes()
         assert wishes(True, False) == (True, False)

@@ -1,15 +1,19 @@
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from small_runs import PROGRAM, ROOT, assert_same, newest, rows, run_program, start_program
+from torch.distributed import HashStore
 
 from alexkern.predictions import Predictions
+from alexkern.training import processes
 from alexkern.training.cli import INTERPRETED_STEPS, main
 from alexkern.training.options import read_config
+from alexkern.training.processes import Process
 
 
 @pytest.fixture
@@ -118,6 +122,33 @@ def test_automatic_resumption_of_a_run_that_was_killed_before_its_first_checkpoi
         path.unlink()
     assert main(command) == 0
     assert_same(newest(output), whole)
+
+
+@pytest.fixture
+def restarted(monkeypatch):
+    """As torchrun starts a process again and again: something is kept in between."""
+    process = Process(0, 1, torch.device("cpu"), HashStore())
+    monkeypatch.setattr(processes, "joined", lambda _: nullcontext(process))
+
+
+def test_a_restart_does_not_take_up_another_run(restarted, small, tmp_path, capsys):
+    """Which the first attempt was refused to write over."""
+    command = [*small, "--epochs", "1", "--output", str(tmp_path)]
+    (tmp_path / "checkpoint-00000001.pt").write_bytes(b"of another run")
+    for _ in range(2):
+        assert main(command) == 2
+        assert f"{tmp_path} holds a run" in capsys.readouterr().err
+
+
+def test_a_restart_goes_on_from_the_newest_checkpoint(restarted, small, tmp_path, capsys):
+    """That of the run, and until there is one that which the run has begun with."""
+    first, output = tmp_path / "first", tmp_path / "run"
+    assert main([*small, "--steps", "1", "--output", str(first), "--resume", "auto"]) == 0
+    begin = ["--resume", str(first / "checkpoint-00000001.pt"), "--output", str(output)]
+    output.mkdir()
+    for step in (2, 3):
+        assert main([*begin, "--steps", str(step)]) == 0
+        assert f"at step {step - 1}\n" in capsys.readouterr().out
 
 
 def test_a_run_goes_back_only_in_another_folder(small, tmp_path, capsys):
