@@ -82,12 +82,27 @@ def run(parsed: argparse.Namespace) -> int:
     if device.type == "cpu":
         # Triton reads it when first imported: here with the first kernel, or by torch.distributed.
         os.environ["TRITON_INTERPRET"] = "1"
-    if parsed.columns > 1 and "WORLD_SIZE" not in os.environ:
+    if parsed.columns == 1:
+        _check_without_columns(parsed)
+    elif "WORLD_SIZE" not in os.environ:
         if not parsed.resume:
             resolve(_given(parsed), {})  # one complaint, before there are several processes
         launch(parsed.columns, parsed.max_restarts, parsed.arguments)
     with joined(device) as process, naming_lost_peers(Peers()):
         return _run(parsed, process)
+
+
+def _check_without_columns(parsed: argparse.Namespace) -> None:
+    """Refuse what would change nothing."""
+    if parsed.parallel == "hybrid":
+        raise UsageError(
+            "--parallel hybrid has the fully connected layers in columns: add --columns N"
+        )
+    if parsed.max_restarts:
+        raise UsageError(
+            f"--max-restarts {parsed.max_restarts} is for processes that --columns starts: add "
+            "--columns N, or give it to torchrun"
+        )
 
 
 def _run(parsed: argparse.Namespace, process: "Process") -> int:
@@ -160,7 +175,7 @@ def _prepared(
         )
     _set_switches(options)
     dataset = load_dataset(options.data, get_preset(options.preset).stored_size, options.seed)
-    names = ("columns", "parallel", "steps", "evaluate", "ten_crop")
+    names = ("columns", "parallel", "steps", "evaluate", "ten_crop", "predictions")
     facts |= {f"--{name.replace('_', '-')}": str(getattr(parsed, name)) for name in names}
     facts["the configuration"] = options.to_toml()
     facts["--data"] = f"{dataset.name}, digest {dataset.digest}"
@@ -371,7 +386,8 @@ def _explained(error: BaseException) -> str:
 
 
 def _complain(error: object, code: int) -> int:
-    print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+    # in one write, as other processes may complain at the same time
+    sys.stderr.write(f"{PROGRAM}: error: {error}\n")
     return code
 
 

@@ -329,16 +329,14 @@ class Trainer:
             False if it was asked to stop before, and has saved where it was.
 
         Raises:
-            UsageError: There are more processes than images in a batch.
+            UsageError: More processes share a batch than it has images.
             DivergedError: Loss or gradients are not finite. The last checkpoint stays as it is.
             DataError: An image cannot be decoded.
             RuntimeError: A process that makes batches has died.
             OSError: The folder cannot be written to.
         """
-        if self._batch_size < self._mesh.processes:
-            raise UsageError(
-                f"{self._mesh.processes} processes cannot share a batch of {self._batch_size}"
-            )
+        if self._batch_size < (sharing := self._mesh.convolution_replicas.count):
+            raise UsageError(f"{sharing} processes cannot share a batch of {self._batch_size}")
         self._meter.start()
         self._stall_step = self.step + STALL_STEPS
         try:

@@ -12,6 +12,7 @@ from small_runs import assert_same, newest, results, small_dataset, small_traine
 from alexkern import ops
 from alexkern.data import iterate
 from alexkern.parallel import make_mesh
+from alexkern.training.errors import UsageError
 from alexkern.training.loop import Outlet, Silence, Trainer
 
 MESHES = {
@@ -104,6 +105,24 @@ def test_checkpoints_do_not_depend_on_processes(tmp_path, alone):
         assert_same(before, on_disk)
         for name, tensor in expected["model"].items():
             torch.testing.assert_close(after["model"][name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def one_step(columns: int, hybrid: bool, batch_size: int) -> str:
+    """What the user is told, if anything."""
+    mesh = make_mesh(columns, hybrid, torch.device("cpu"))
+    trainer = small_trainer(small_dataset(held_out=1), mesh=mesh, batch_size=batch_size)
+    try:
+        trainer.train(1, Silence())
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("columns", "hybrid"), [(2, False), (1, False), (2, True)])
+def test_only_who_shares_a_batch_needs_an_image_of_it(columns, hybrid):
+    told = "" if columns == 2 and not hybrid else "2 processes cannot share a batch of 1"
+    assert in_processes(2, one_step, columns, hybrid, 1) == [told, told]
+    assert in_processes(2, one_step, columns, hybrid, 2) == ["", ""]
 
 
 def broken_step(columns: int, amp: str, value: float):

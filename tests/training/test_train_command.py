@@ -10,7 +10,8 @@ from small_runs import PROGRAM, ROOT, assert_same, newest, rows, run_program, st
 from torch.distributed import HashStore
 
 from alexkern.predictions import Predictions
-from alexkern.training import processes
+from alexkern.runtime import dispatch
+from alexkern.training import cli, processes
 from alexkern.training.cli import INTERPRETED_STEPS, main
 from alexkern.training.options import read_config
 from alexkern.training.processes import Process
@@ -122,6 +123,53 @@ def test_automatic_resumption_of_a_run_that_was_killed_before_its_first_checkpoi
         path.unlink()
     assert main(command) == 0
     assert_same(newest(output), whole)
+
+
+def facts_of(*arguments: str) -> dict[str, str]:
+    """What processes with this command line must agree on."""
+    facts: dict[str, str] = {}
+    process = Process(0, 1, torch.device("cpu"))
+    cli._prepared(cli._parser().parse_args(arguments), process, facts)
+    return facts
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *(["--columns", "2"], ["--parallel", "hybrid"], ["--steps", "3"], ["--ten-crop"]),
+        *(["--predictions", "a.npz"], ["--lr", "0.5"], ["--data", "synthetic"], ["--amp", "bf16"]),
+    ],
+    ids=" ".join,
+)
+def test_processes_must_agree_on_what_they_do(more):
+    assert facts_of(*more) != facts_of()
+
+
+def test_processes_must_agree_on_files_and_machines(small, tmp_path, monkeypatch):
+    paths = [tmp_path / f"run{step}" / "checkpoint-00000001.pt" for step in (1, 2)]
+    for step, path in enumerate(paths, 1):
+        run = ["--output", str(path.parent), "--steps", str(step)]
+        assert main([*small, "--epochs", "1", *run]) == 0
+    (paths[1].parent / "checkpoint-00000002.pt").rename(paths[1])
+    first, second = (facts_of("--resume", str(path)) for path in paths)
+    assert {name for name in first if first[name] != second[name]} == {"the checkpoint"}
+    monkeypatch.setattr(dispatch, "gpu_name", lambda _: "another")
+    monkeypatch.setattr(dispatch, "table_digest", lambda _: "another")
+    third = facts_of("--resume", str(paths[0]))
+    different = {name for name in first if first[name] != third[name]}
+    assert different == {"the GPU", "the table of kernels"}
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--parallel", "hybrid"], "--parallel hybrid has the fully connected layers in columns"),
+        (["--max-restarts", "2"], "--max-restarts 2 is for processes that --columns starts"),
+    ],
+)
+def test_what_needs_columns_is_refused_without(capsys, option, words):
+    assert main(option) == 2
+    assert f"error: {words}: add --columns N" in capsys.readouterr().err
 
 
 @pytest.fixture
