@@ -10,18 +10,23 @@ from torch import Tensor
 
 import alexkern
 from alexkern.models import AlexNet
-from alexkern.models.presets import PRESETS, Preset
-from alexkern.parallel import Mesh, make_mesh, replicated
+from alexkern.models.presets import PRESETS, Preset, ResponseNorm
+from alexkern.parallel import Mesh, gathered, make_mesh, replicated
 
 CPU = torch.device("cpu")
 
 
 def small(name: str) -> Preset:
-    """The same topology on small images, with few units; dropout as it is."""
+    """The same topology on small images, with few units; dropout as it is.
+
+    Normalisations are strong, for maps of other columns to matter.
+    """
     preset = PRESETS[name]
+    norm = preset.response_norm and replace(preset.response_norm, alpha=1.0)
     widths = tuple(min(width, 8) for width in preset.widths)
     shape = {"conv1_kernel": 5, "conv1_stride": 2, "conv1_padding": (0, 1, 0, 1), "crop_size": 32}
     numbers = {"widths": widths, "fc_widths": (16, 8), "weight_std": None, "ceil_mode": False}
+    numbers["response_norm"] = norm
     return replace(preset, **{**shape, **numbers})
 
 
@@ -73,6 +78,9 @@ def test_columns_and_replicas_are_the_network(processes, columns, hybrid):
     """Logits and every gradient, with dropout, of a batch that does not divide evenly."""
     names = ["paper", "krizhevsky2012", "owt", "no_exchange", "exchange_all", "minus_conv3"]
     presets = [small(name) for name in (names[:2] if processes > 2 else names)]
+    if processes == 2:  # a window that reaches further to one side
+        norm = replace(ResponseNorm(), size=4, alpha=1.0)
+        presets.append(replace(presets[0], response_norm=norm))
     if columns == 4:
         presets = [small("owt")]
     count = 7
@@ -121,6 +129,24 @@ def test_what_crosses_is_rounded_alike_in_any_number_of_columns():
     torch.manual_seed(0)
     with alexkern.use_backend("torch"):
         model = AlexNet(small("krizhevsky2012"), 5).double()
-        plain = gradients(model, Mesh(), 4)[0]
+        plain, _, unrounded = gradients(model, Mesh(), 4)
     difference = (plain - exact).abs().max() / plain.abs().max()
     assert 1e-6 < difference < 2**-9
+    for name, gradient in unrounded.items():  # a unit may change sides at 0
+        error, largest = (wanted[name] - gradient).abs().max(), gradient.abs().max()
+        assert 0 < error < 0.1 * largest, (name, error / largest)
+
+
+def small_gradient() -> Tensor:
+    """Of units that two columns see, a millionth in both."""
+    axis = make_mesh(2, False, CPU).columns
+    part = torch.ones(1, 4, requires_grad=True)
+    (1e-6 * gathered(part, axis, 1, [4, 4], torch.float16)).sum().backward()
+    return part.grad
+
+
+def test_small_gradients_cross_in_half_precision():
+    """A millionth is no normal number of float16."""
+    expected = torch.full((1, 4), 2e-6)
+    for found in in_processes(2, small_gradient):
+        torch.testing.assert_close(found, expected, rtol=2**-10, atol=0)
