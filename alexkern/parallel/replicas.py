@@ -38,8 +38,7 @@ def replicated(
         layers: By name. Their parameters' ``requires_grad`` counts as it is now.
         axis: The replicas.
     """
-    learns = any(p.requires_grad for layer in layers.values() for p in layer.parameters())
-    if axis.count == 1 or not learns:
+    if axis.count == 1:
         return function
     parallel = DistributedDataParallel(
         _Part(function, layers),

@@ -85,8 +85,10 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.columns == 1:
         _check_without_columns(parsed)
     elif "WORLD_SIZE" not in os.environ:
-        if not parsed.resume:
-            resolve(_given(parsed), {})  # one complaint, before there are several processes
+        if not parsed.resume:  # one complaint, before there are several processes
+            resolve(_given(parsed), {})
+            if parsed.output and not parsed.evaluate:
+                _check_nothing_is_lost(parsed, Path(parsed.output), None)
         launch(parsed.columns, parsed.max_restarts, parsed.arguments)
     with joined(device) as process, naming_lost_peers(Peers()):
         return _run(parsed, process)
@@ -131,23 +133,23 @@ def _run(parsed: argparse.Namespace, process: "Process") -> int:
         _evaluate(parsed, trainer, process)
         return 0
     last_step = _last_step(parsed, process, options, trainer)
-    first, folder = process.rank == 0, None
+    folder = None
     with agreed_start():
-        if first:
+        if process.rank == 0:
             folder = _output_folder(parsed, options, resumed)
             process.note_beginning()
     _say(process, f"writing to {folder}")
     with StopSignal(_ECHO_SECONDS if process.processes > 1 else 0.0) as stop:
-        asked = (lambda: bool(stop)), Wishes()
+        wishes = Wishes()
         outlet = (
-            Outlet(folder, trainer.step, asked[0], parsed.tensorboard, asked[1])
+            Outlet(folder, trainer.step, stop.__bool__, parsed.tensorboard, wishes)
             if folder
-            else Silence(*asked)
+            else Silence(stop.__bool__, wishes)
         )
         done = trainer.train(last_step, outlet)
         if done and (parsed.ten_crop or parsed.predictions):
             done = _evaluate(parsed, trainer, process, outlet.stopping)
-        asked[1].drain()
+        wishes.drain()
     _say(
         process,
         trainer.summary()
@@ -540,7 +542,8 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         "--workers",
         type=_integer(0),
         metavar="N",
-        help="processes that prepare batches (default: 0 for the small sets, else one per core)",
+        help="processes that prepare batches (default: 0 for the small sets, else one per core of "
+        "the machine, divided among the processes that torchrun has started on it)",
     )
 
 

@@ -174,7 +174,7 @@ def resolve(given: Mapping[str, Any], saved: Mapping[str, Any]) -> Options:
         "half_exchange": False,
         "deterministic": False,
         "cuda_graph": True,
-        "workers": 0 if data in SMALL_SETS else os.cpu_count() or 1,
+        "workers": 0 if data in SMALL_SETS else _own_cores(),
         "seed": 0,
         "print_freq": 10,
         "save_minutes": 10.0,
@@ -183,6 +183,11 @@ def resolve(given: Mapping[str, Any], saved: Mapping[str, Any]) -> Options:
     options = Options(**{**defaults, **chosen})
     _check(options, preset.stored_size - preset.crop_size + 1)
     return options
+
+
+def _own_cores() -> int:
+    """The machine's, divided among the processes that torchrun has started on it."""
+    return max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 def _check(options: Options, offsets: int) -> None:

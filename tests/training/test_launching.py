@@ -10,6 +10,7 @@ import torch
 from small_runs import ROOT, wait_for
 
 from alexkern.training import launch
+from alexkern.training.cli import main
 from alexkern.training.errors import UsageError
 
 BASH_SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
@@ -110,6 +111,15 @@ def test_too_few_gpus(started, monkeypatch):
         "--columns 2 needs 2 GPUs, and this machine has 1: leave --columns out, and one process "
         "computes all columns"
     )
+    assert not started
+
+
+def test_what_cannot_start_is_said_once(started, tmp_path, capsys):
+    (tmp_path / "checkpoint-00000001.pt").touch()
+    assert main(["--columns", "2", "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds a run" in capsys.readouterr().err
+    assert main(["--columns", "2", "--preset", "none"]) == 2
+    assert "unknown preset 'none'" in capsys.readouterr().err
     assert not started
 
 

@@ -1,4 +1,5 @@
 import math
+import os
 from dataclasses import fields
 
 import pytest
@@ -15,6 +16,15 @@ def test_options_come_from_command_line_then_checkpoint_then_preset():
     assert resolve({}, {}).workers == 0
     assert resolve({"data": "synthetic"}, {}).preset == "paper"
     assert resolve({"data": "synthetic"}, {}).workers > 0
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(None, 64), ("1", 64), ("8", 8), ("96", 1)])
+def test_processes_of_a_machine_share_its_cores(monkeypatch, processes, workers):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert resolve({"data": "synthetic"}, {}).workers == workers
 
 
 def test_defaults_of_the_paper_are_its_recipe():
