@@ -13,6 +13,7 @@ import alexkern
 from alexkern import ops
 from alexkern.models import PRESETS, AlexNet, Preset, alexnet
 from alexkern.models.network import spatial_response_norm
+from alexkern.parallel import Axis, Mesh
 
 LAYERS = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
 
@@ -557,6 +558,31 @@ def test_unknown_preset():
 def test_too_few_classes():
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         alexnet("mini", 0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "columns", "words"),
+    [
+        ("paper", 4, "'paper' does not divide into 4 columns: conv2 has 256 .* in 2 groups"),
+        ("owt", 3, "'owt' does not divide into 3 columns: conv1 has 64 maps"),
+    ],
+)
+def test_what_does_not_divide_into_columns(preset, columns, words):
+    with pytest.raises(ValueError, match=words):
+        AlexNet(PRESETS[preset], mesh=Mesh(columns=Axis(0, columns)))
+
+
+def test_a_seed_draws_the_same_network_in_columns():
+    torch.manual_seed(3)
+    whole = alexnet("mini", 4)
+    torch.manual_seed(3)
+    column = AlexNet(PRESETS["mini"], 4, Mesh(columns=Axis(1, 2)))
+    first = {name: tensor.clone() for name, tensor in column.state_dict().items()}
+    torch.manual_seed(3)
+    column.reset_parameters()
+    for name, tensor in column.part_of(whole.state_dict()).items():
+        assert torch.equal(first[name], tensor), name
+        assert torch.equal(column.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,15 @@ def in_parts(presets: list[Preset], columns: int, hybrid: bool, count: int) -> l
 
 @pytest.mark.parametrize(
     ("processes", "columns", "hybrid"),
-    [(2, 2, False), (2, 1, False), (2, 2, True), (4, 2, False), (4, 2, True), (4, 4, True)],
+    [
+        (2, 2, False),
+        (2, 1, False),
+        (2, 2, True),
+        (4, 2, False),
+        (4, 2, True),
+        (4, 4, False),
+        (4, 4, True),
+    ],
 )
 def test_columns_and_replicas_are_the_network(processes, columns, hybrid):
     """Logits and every gradient, with dropout, of a batch that does not divide evenly."""
@@ -81,8 +89,8 @@ def test_columns_and_replicas_are_the_network(processes, columns, hybrid):
     if processes == 2:  # a window that reaches further to one side
         norm = replace(ResponseNorm(), size=4, alpha=1.0)
         presets.append(replace(presets[0], response_norm=norm))
-    if columns == 4:
-        presets = [small("owt")]
+    if columns == 4:  # those between others have borders on both sides
+        presets = [small("owt"), small("one_gpu")]
     count = 7
     results = in_processes(processes, in_parts, presets, columns, hybrid, count)
     for number, preset in enumerate(presets):

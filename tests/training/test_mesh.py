@@ -11,7 +11,7 @@ from small_runs import assert_same, newest, results, small_dataset, small_traine
 
 from alexkern import ops
 from alexkern.data import iterate
-from alexkern.parallel import make_mesh
+from alexkern.parallel import Axis, Mesh, make_mesh
 from alexkern.training.errors import UsageError
 from alexkern.training.loop import Outlet, Silence, Trainer
 
@@ -88,6 +88,7 @@ def test_the_curve_is_that_of_one_process(tmp_path, alone, name):
         for parameter, tensor in exact.items():
             torch.testing.assert_close(whole[parameter], tensor, rtol=1e-9, atol=1e-12)
     assert all(first["meter"] == state["meter"] for _, state in others)
+    assert not any(state["model"] or state["optimizer"] for _, state in others)
 
 
 def test_checkpoints_do_not_depend_on_processes(tmp_path, alone):
@@ -105,6 +106,17 @@ def test_checkpoints_do_not_depend_on_processes(tmp_path, alone):
         assert_same(before, on_disk)
         for name, tensor in expected["model"].items():
             torch.testing.assert_close(after["model"][name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_a_column_takes_its_part_of_weights(tmp_path):
+    whole = small_trainer(seed=1).model.state_dict()
+    torch.save(whole, tmp_path / "weights.pt")
+    trainer = small_trainer(mesh=Mesh(columns=Axis(1, 2)))
+    trainer.load_weights(str(tmp_path / "weights.pt"), new_head=False)
+    found = trainer.model.state_dict()
+    expected = trainer.model.part_of(whole)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def one_step(columns: int, hybrid: bool, batch_size: int) -> str:
