@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import alexkern.ops as ops
 from alexkern.models.presets import Convolution, Preset, ResponseNorm, Step, get_preset
 from alexkern.ops.dropout import draw_seed
-from alexkern.parallel import Axis, Mesh, exchanged_borders, gathered, portion, to_first
+from alexkern.parallel import Axis, Borders, Mesh, gathered, portion, to_first
 
 # torchvision's names of the same parameters.
 TORCHVISION_NAMES = {
@@ -291,23 +291,39 @@ class AlexNet(nn.Module):
 
     def _normalise(self, x: Tensor, pool: bool = False) -> Tensor:
         """Normalisation across maps, and the pooling behind it."""
-        norm, width, first = self.preset.response_norm, x.shape[1], 0
-        if norm is None:
+        if self.preset.response_norm is None:
             return x
         if own := self._own_norm:
-            norm = own
-        else:
-            reach = norm.size // 2, (norm.size - 1) // 2
-            x, first = exchanged_borders(x, self._columns, *reach)
-        constants = {**_arguments(norm), "groups": norm.groups}
-        if pool:
-            preset = self.preset
-            x = ops.lrn_max_pool2d(
-                x, **constants, kernel_size=preset.pool_kernel, stride=2, ceil_mode=preset.ceil_mode
-            )
-        else:
-            x = ops.local_response_norm(x, **constants)
-        return x if x.shape[1] == width else x.narrow(1, first, width)
+            return self._normalise_own(x, own, pool)
+        return self._normalise_across(x, self.preset.response_norm, pool)
+
+    def _normalise_own(self, x: Tensor, norm: ResponseNorm, pool: bool) -> Tensor:
+        """As if there were no other maps than these."""
+        preset, constants = self.preset, {**_arguments(norm), "groups": norm.groups}
+        if not pool:
+            return ops.local_response_norm(x, **constants)
+        return ops.lrn_max_pool2d(
+            x, **constants, kernel_size=preset.pool_kernel, stride=2, ceil_mode=preset.ceil_mode
+        )
+
+    def _normalise_across(self, x: Tensor, norm: ResponseNorm, pool: bool) -> Tensor:
+        """With windows that reach into the columns beside this one.
+
+        Those maps travel while all but this column's outermost are done.
+        """
+        before, behind = norm.size // 2, (norm.size - 1) // 2
+        borders = Borders(x, self._columns, before, behind)
+        inner = self._normalise_own(x, norm, pool)
+        left, right = borders.wait()
+        first, last = left.shape[1], x.shape[1] - right.shape[1]
+        parts = [inner[:, first:last]]
+        if first:
+            window = torch.cat((left, x[:, : before + behind]), 1)
+            parts.insert(0, self._normalise_own(window, norm, pool)[:, before : 2 * before])
+        if last < x.shape[1]:
+            window = torch.cat((x[:, -(before + behind) :], right), 1)
+            parts.append(self._normalise_own(window, norm, pool)[:, before : before + behind])
+        return torch.cat(parts, 1)
 
     def _pool(self, x: Tensor) -> Tensor:
         """Max-pooling, overlapping where the kernel is 3 (paper section 3.4)."""
@@ -405,6 +421,15 @@ def _check_columns(preset: Preset, mesh: Mesh) -> None:
                 f"preset {preset.name!r} does not divide into {count} columns: {name} has {width} "
                 f"maps or units in {groups} groups"
             )
+    norm = None if mesh.hybrid or count == 1 else preset.response_norm
+    if norm and norm.groups == 1:
+        for layer in preset.convolutions:
+            if "norm" in layer.steps and layer.width // count < norm.size - 1:
+                raise ValueError(
+                    f"preset {preset.name!r} does not divide into {count} columns: {layer.name} "
+                    f"has {layer.width // count} maps in each, and normalisation of size "
+                    f"{norm.size} needs {norm.size - 1}"
+                )
 
 
 def _operands(

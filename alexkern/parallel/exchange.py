@@ -27,7 +27,7 @@ def gathered(
     """The parts of all processes, one after the other, in all of them.
 
     Args:
-        part: This process's, of the same memory format in all.
+        part: This process's.
         axis: The processes.
         dim: Along which the parts differ.
         sizes: Of the parts along ``dim``.
@@ -38,7 +38,8 @@ def gathered(
     if axis.count == 1:
         return part
     outgoing = [(0, part.shape[dim])] * axis.count
-    return _exchanged(part, axis, dim, outgoing, sizes, dtype)
+    others = _received(*_sent(part, axis, dim, outgoing, sizes, dtype))
+    return torch.cat((*others[: axis.index], part, *others[axis.index :]), dim)
 
 
 def to_first(
@@ -48,44 +49,169 @@ def to_first(
     part = _rounded(part, dtype)
     if axis.count == 1:
         return part
+    first = axis.index == 0
     outgoing = [(0, part.shape[dim]), *[(0, 0)] * (axis.count - 1)]
-    incoming = sizes if axis.index == 0 else [0] * axis.count
-    return _exchanged(part, axis, dim, outgoing, incoming, dtype)
+    incoming = sizes if first else [0] * axis.count
+    others = _received(*_sent(part, axis, dim, outgoing, incoming, dtype))
+    return torch.cat((part, *others) if first else others, dim)
 
 
-def exchanged_borders(maps: Tensor, axis: Axis, before: int, behind: int) -> tuple[Tensor, int]:
-    """A column's maps with its neighbours' nearest.
+class Borders:
+    """The maps of the neighbouring columns that are nearest, on their way.
+
+    What is computed between this and :meth:`wait` runs beside the messages; backward, too.
 
     Args:
         maps: [B, C, H, W], those of one column.
         axis: The columns, side by side in this order.
         before: So many of the last maps of the column before.
         behind: So many of the first maps of the column behind.
-
-    Returns:
-        [B, from C to before + C + behind, H, W], and the number of maps before this column's own.
-
-    Raises:
-        ValueError: A column has fewer maps than its neighbour needs.
     """
-    own = maps.shape[1]
-    if max(before, behind) > own:
-        raise ValueError(
-            f"a window needs {max(before, behind)} maps of the next column, which has {own}"
+
+    def __init__(self, maps: Tensor, axis: Axis, before: int, behind: int) -> None:
+        outgoing, incoming = [(0, 0)] * axis.count, [0] * axis.count
+        if axis.index > 0:
+            outgoing[axis.index - 1], incoming[axis.index - 1] = (0, behind), before
+        if axis.index < axis.count - 1:
+            last = maps.shape[1] - before
+            outgoing[axis.index + 1], incoming[axis.index + 1] = (last, before), behind
+        self._index = axis.index
+        self._sent = _sent(maps, axis, 1, outgoing, incoming, None)
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """[B, before, H, W] and [B, behind, H, W]; without maps where there is no neighbour."""
+        others = _received(*self._sent)
+        nothing = others[0].narrow(1, 0, 0)
+        return (
+            others[self._index - 1] if self._index > 0 else nothing,
+            others[self._index] if self._index < len(others) else nothing,
         )
-    outgoing, incoming = [(0, 0)] * axis.count, [0] * axis.count
-    outgoing[axis.index], incoming[axis.index] = (0, own), own
-    if axis.index > 0:
-        outgoing[axis.index - 1], incoming[axis.index - 1] = (0, behind), before
-    if axis.index < axis.count - 1:
-        outgoing[axis.index + 1], incoming[axis.index + 1] = (own - before, before), behind
-    first = before if axis.index > 0 else 0
-    return _exchanged(maps, axis, 1, outgoing, incoming, None), first
 
 
-def _exchanged(tensor: Tensor, *arguments: Any) -> Tensor:
-    exchanged: Tensor = torch.compiler.disable(_Exchange.apply)(tensor, *arguments)
-    return exchanged
+class _Exchange:
+    """Messages to and from each other process; backward they go the other way.
+
+    A slice of this process's tensor goes to each, and as much as it says comes from each. Nothing
+    is sent where there is nothing.
+
+    Args:
+        tensor: What is sent, to know its kind.
+        axis: The processes.
+        dim: Of the slices.
+        outgoing: To each process.
+        incoming: Length of what comes from each.
+        dtype: Of the messages; None for the tensor's.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        axis: Axis,
+        dim: int,
+        outgoing: Sequence[Slice],
+        incoming: Sequence[int],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.dim, self.peers = dim, [peer for peer in range(axis.count) if peer != axis.index]
+        self.outgoing = [outgoing[peer] for peer in self.peers]
+        self.incoming = [incoming[peer] for peer in self.peers]
+        self.gradient_scale = _GRADIENT_SCALE if dtype else 1.0
+        self.memory_format = _memory_format(tensor)
+        self._group, self._dtype, self.own_dtype = axis.group, dtype, tensor.dtype
+        self._messages: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+        self._works: list[dist.Work] = []
+
+    def begin(
+        self, sent: Sequence[Tensor], lengths: Sequence[int], scale: float = 1.0
+    ) -> list[Tensor]:
+        """Send one to each, ``scale`` times as large; what comes is there after :meth:`end`."""
+        operations = []
+        for peer, tensor, length in zip(self.peers, sent, lengths, strict=True):
+            travelling = tensor if self._dtype is None else (tensor * scale).to(self._dtype)
+            # one order in memory for sender and receiver, whatever strides the sender's has
+            message = travelling.contiguous(memory_format=self.memory_format)
+            shape = [*tensor.shape[: self.dim], length, *tensor.shape[self.dim + 1 :]]
+            buffer = torch.empty(
+                shape,
+                dtype=message.dtype,
+                device=message.device,
+                memory_format=self.memory_format,
+            )
+            for function, each in ((dist.isend, message), (dist.irecv, buffer)):
+                if each.numel():
+                    operations.append(
+                        dist.P2POp(function, _flat(each), group=self._group, group_peer=peer)
+                    )
+            self._messages.append(message)
+            self._buffers.append(buffer)
+        self._works = dist.batch_isend_irecv(operations) if operations else []
+        return self._buffers
+
+    def end(self, scale: float = 1.0) -> list[Tensor]:
+        """Wait; returns what has come, by a ``scale``-th."""
+        for work in self._works:
+            work.wait()
+        buffers = self._buffers
+        self._messages, self._buffers, self._works = [], [], []
+        if self._dtype is None:
+            return buffers
+        return [buffer.to(self.own_dtype) / scale for buffer in buffers]
+
+
+class _Send(torch.autograd.Function):
+    """Begins to send a tensor's slices; backward ends with what came back for them, added up."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, exchange: _Exchange) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.shape = exchange, tensor.shape
+        sent = [tensor.narrow(exchange.dim, *part) for part in exchange.outgoing]
+        return tuple(exchange.begin(sent, exchange.incoming))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        # not in the messages' precision, which grads[0] has
+        total = grads[0].new_zeros(ctx.shape, dtype=exchange.own_dtype)
+        total = total.contiguous(memory_format=exchange.memory_format)
+        for part, partial in zip(
+            exchange.outgoing, exchange.end(exchange.gradient_scale), strict=True
+        ):
+            total.narrow(exchange.dim, *part).add_(partial)
+        return total, None
+
+
+class _Receive(torch.autograd.Function):
+    """Waits for what comes; backward begins to send its gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, exchange: _Exchange, *_: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return tuple(exchange.end())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        exchange: _Exchange = ctx.exchange
+        lengths = [length for _, length in exchange.outgoing]
+        exchange.begin(grads, lengths, exchange.gradient_scale)
+        return None, *grads  # not read: what counts are the messages
+
+
+def _sent(
+    tensor: Tensor,
+    axis: Axis,
+    dim: int,
+    outgoing: Sequence[Slice],
+    incoming: Sequence[int],
+    dtype: torch.dtype | None,
+) -> tuple[_Exchange, tuple[Tensor, ...]]:
+    exchange = _Exchange(tensor, axis, dim, outgoing, incoming, dtype)
+    return exchange, torch.compiler.disable(_Send.apply)(tensor, exchange)
+
+
+def _received(exchange: _Exchange, buffers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    others: tuple[Tensor, ...] = torch.compiler.disable(_Receive.apply)(exchange, *buffers)
+    return others
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -107,83 +233,9 @@ class _Round(torch.autograd.Function):
         return (grad * _GRADIENT_SCALE).to(ctx.dtype).to(grad.dtype) / _GRADIENT_SCALE, None
 
 
-class _Exchange(torch.autograd.Function):
-    """Process i sends the slice ``outgoing[j]`` of its tensor to j, itself included.
-
-    What arrives is laid side by side, ``incoming[j]`` wide from j. Backward, each such part of the
-    gradient goes back to its sender, where all that come back for a slice are added.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tensor: Tensor,
-        axis: Axis,
-        dim: int,
-        outgoing: Sequence[Slice],
-        incoming: Sequence[int],
-        dtype: torch.dtype | None,
-    ) -> Tensor:
-        ctx.axis, ctx.dim, ctx.outgoing, ctx.incoming = axis, dim, outgoing, incoming
-        ctx.dtype, ctx.shape, ctx.memory_format = dtype, tensor.shape, _memory_format(tensor)
-        sent = [tensor.narrow(dim, *part) for part in outgoing]
-        return torch.cat(_swap(sent, axis, dim, incoming, ctx.memory_format, dtype), dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lengths = [length for _, length in ctx.outgoing]
-        sent = grad.split(list(ctx.incoming), ctx.dim)
-        scale = _GRADIENT_SCALE if ctx.dtype else 1.0
-        received = _swap(sent, ctx.axis, ctx.dim, lengths, ctx.memory_format, ctx.dtype, scale)
-        total = grad.new_zeros(ctx.shape).contiguous(memory_format=ctx.memory_format)
-        for part, partial in zip(ctx.outgoing, received, strict=True):
-            total.narrow(ctx.dim, *part).add_(partial)
-        return total, None, None, None, None, None
-
-
-def _swap(
-    sent: Sequence[Tensor],
-    axis: Axis,
-    dim: int,
-    lengths: Sequence[int],
-    memory_format: torch.memory_format,
-    dtype: torch.dtype | None,
-    scale: float = 1.0,
-) -> list[Tensor]:
-    """Send each process its own of ``sent``; returns what comes from each, so long along ``dim``.
-
-    Nothing is sent where there is nothing. With a ``dtype`` messages are ``scale`` times as large.
-    """
-    received, operations = [], []
-    for peer, (tensor, length) in enumerate(zip(sent, lengths, strict=True)):
-        if peer == axis.index:
-            received.append(tensor)
-            continue
-        shape = [*tensor.shape[:dim], length, *tensor.shape[dim + 1 :]]
-        # one order in memory for sender and receiver, whatever strides the sender's has
-        message = (tensor if dtype is None else (tensor * scale).to(dtype)).contiguous(
-            memory_format=memory_format
-        )
-        incoming = torch.empty(
-            shape, dtype=message.dtype, device=tensor.device, memory_format=memory_format
-        )
-        for function, buffer in ((dist.isend, message), (dist.irecv, incoming)):
-            if buffer.numel():
-                operations.append(
-                    dist.P2POp(function, _flat(buffer), group=axis.group, group_peer=peer)
-                )
-        received.append(incoming)
-    for work in dist.batch_isend_irecv(operations) if operations else ():
-        work.wait()
-    if dtype is None:
-        return received
-    own = sent[axis.index]
-    return [each if each is own else each.to(own.dtype) / scale for each in received]
-
-
 def _memory_format(tensor: Tensor) -> torch.memory_format:
-    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
+    """In which tensors travel: the same in all processes, whose strides may differ."""
+    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
 
 
 def _flat(tensor: Tensor) -> Tensor:

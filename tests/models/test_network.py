@@ -560,18 +560,6 @@ def test_too_few_classes():
         alexnet("mini", 0)
 
 
-@pytest.mark.parametrize(
-    ("preset", "columns", "words"),
-    [
-        ("paper", 4, "'paper' does not divide into 4 columns: conv2 has 256 .* in 2 groups"),
-        ("owt", 3, "'owt' does not divide into 3 columns: conv1 has 64 maps"),
-    ],
-)
-def test_what_does_not_divide_into_columns(preset, columns, words):
-    with pytest.raises(ValueError, match=words):
-        AlexNet(PRESETS[preset], mesh=Mesh(columns=Axis(0, columns)))
-
-
 def test_a_seed_draws_the_same_network_in_columns():
     torch.manual_seed(3)
     whole = alexnet("mini", 4)

@@ -11,7 +11,8 @@ from torch import Tensor
 import alexkern
 from alexkern.models import AlexNet
 from alexkern.models.presets import PRESETS, Preset, ResponseNorm
-from alexkern.parallel import Mesh, gathered, make_mesh, replicated
+from alexkern.parallel import Axis, Mesh, gathered, make_mesh, replicated
+from alexkern.parallel.exchange import _Exchange
 
 CPU = torch.device("cpu")
 
@@ -90,7 +91,7 @@ def test_columns_and_replicas_are_the_network(processes, columns, hybrid):
         norm = replace(ResponseNorm(), size=4, alpha=1.0)
         presets.append(replace(presets[0], response_norm=norm))
     if columns == 4:  # those between others have borders on both sides
-        presets = [small("owt"), small("one_gpu")]
+        presets = [small("owt"), replace(small("one_gpu"), widths=(16, 16, 8, 8, 8))]
     count = 7
     results = in_processes(processes, in_parts, presets, columns, hybrid, count)
     for number, preset in enumerate(presets):
@@ -158,3 +159,54 @@ def test_small_gradients_cross_in_half_precision():
     expected = torch.full((1, 4), 2e-6)
     for found in in_processes(2, small_gradient):
         torch.testing.assert_close(found, expected, rtol=2**-10, atol=0)
+
+
+def order_of_events() -> tuple[int, list[str]]:
+    """Of layer 1 in one of two columns: messages, and the normalisation of its own maps."""
+    events: list[str] = []
+    begin, end, normalise = _Exchange.begin, _Exchange.end, AlexNet._normalise_own
+
+    def logged(name, function):
+        def call(*arguments):
+            events.append(name)
+            return function(*arguments)
+
+        return call
+
+    def own(model, maps, *arguments):
+        output = normalise(model, maps, *arguments)
+        if maps.shape[1] == 4:  # not the few at a border
+            events.append("forward")
+            output.register_hook(lambda _: events.append("backward"))
+        return output
+
+    _Exchange.begin, _Exchange.end = logged("begin", begin), logged("end", end)
+    AlexNet._normalise_own = own
+    torch.manual_seed(0)
+    mesh = make_mesh(2, False, CPU)
+    model = AlexNet(replace(small("paper"), fc_widths=(16, 8)), 5, mesh).double()
+    with alexkern.use_backend("torch"):
+        gradients(model, mesh, 2)
+    return mesh.columns.index, events
+
+
+def test_maps_at_the_border_travel_while_the_others_are_normalised():
+    for _, events in in_processes(2, order_of_events):
+        whole = ["begin", "forward", "end", "begin", "forward", "end"]  # layers 1 and 2
+        assert events[:6] == whole
+        back = ["begin", "backward", "end", "begin", "backward", "end"]
+        assert events[-6:] == back
+
+
+@pytest.mark.parametrize(
+    ("changes", "columns", "words"),
+    [
+        ({}, 3, "conv1 has 8 maps or units in 1 groups"),
+        ({}, 4, "conv2 has 8 maps or units in 2 groups"),
+        ({"widths": (4, 8, 8, 8, 8)}, 2, "conv1 has 2 maps in each, and .* size 5 needs 4"),
+        ({"fc_widths": (16, 9)}, 2, "fc7 has 9 maps or units in 1 groups"),
+    ],
+)
+def test_what_does_not_divide_is_refused(changes, columns, words):
+    with pytest.raises(ValueError, match=words):
+        AlexNet(replace(small("paper"), **changes), 5, Mesh(columns=Axis(0, columns)))

@@ -17,6 +17,8 @@ from small_runs import (
     wait_for,
 )
 
+from alexkern.runtime import dispatch
+
 # Two columns, 24 steps, saved after each.
 RUN = [
     *("--data", "digits", "-b", "128", "--epochs", "3", "--steps", "24", "--print-freq", "3"),
@@ -114,24 +116,35 @@ def test_this_projects_kernels_in_columns(tmp_path):
     assert found["triton"] == pytest.approx(found["torch"], rel=1e-3)
 
 
-def test_ranks_that_disagree_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("the configuration", ["lr = 0.01", "lr = 0.02"]),
+        pytest.param("the table of kernels", ["", ""], marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_that_disagree_are_refused(tmp_path, name, values):
     """Each with the same line, that names what differs and how; nothing is left in the folder."""
+    dispatch.save(
+        dispatch.Table("cpu", dispatch.versions(), {}), dispatch.table_path(tmp_path / "1", "cpu")
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        start_program(
-            *("--output", str(tmp_path / "run"), "--lr", f"0.0{rank + 1}"),
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
+    ranks = []
+    for rank in range(2):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        rate = "0.01" if rank == 0 or name != "the configuration" else "0.02"
+        if name == "the table of kernels":
+            own["ALEXKERN_TABLES"] = str(tmp_path / str(rank))
+        given = ["--output", str(tmp_path / "run"), "--lr", rate]
+        ranks.append(start_program(*given, env={**os.environ, **place, **own}))
     for process in ranks:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 2
-        assert "the processes must agree on the configuration" in err
-        assert "lr = 0.01" in err
-        assert "lr = 0.02" in err
+        assert f"the processes must agree on {name}" in err
+        for value in values:
+            assert value in err
         assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
