@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,6 +15,7 @@ from alexkern.predictions import Predictions
 from alexkern.runtime import dispatch
 from alexkern.training import cli, processes
 from alexkern.training.cli import INTERPRETED_STEPS, main
+from alexkern.training.loop import Trainer
 from alexkern.training.options import read_config
 from alexkern.training.processes import Process
 
@@ -123,6 +126,18 @@ def test_automatic_resumption_of_a_run_that_was_killed_before_its_first_checkpoi
         path.unlink()
     assert main(command) == 0
     assert_same(newest(output), whole)
+
+
+def test_a_signal_stops_the_evaluation_at_the_end(small, tmp_path, capsys, monkeypatch):
+    def train(*_) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(Trainer, "train", train)
+    assert main([*small, "--ten-crop", "--output", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "stopped by SIGTERM after step 0" in out
+    assert "ten crops" not in out
 
 
 def facts_of(*arguments: str) -> dict[str, str]:
