@@ -1,12 +1,13 @@
 """The command line of ``train_alexnet.py``."""
 
 import argparse
+import hashlib
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -133,19 +134,16 @@ def _run(parsed: argparse.Namespace, process: "Process") -> int:
         _evaluate(parsed, trainer, process)
         return 0
     last_step = _last_step(parsed, process, options, trainer)
-    folder = None
+    stop = StopSignal(_ECHO_SECONDS if process.processes > 1 else 0.0)
+    wishes, folder = Wishes(), None
+    outlet: Outlet = Silence(stop.__bool__, wishes)
     with agreed_start():
         if process.rank == 0:
             folder = _output_folder(parsed, options, resumed)
+            outlet = Outlet(folder, trainer.step, stop.__bool__, parsed.tensorboard, wishes)
             process.note_beginning()
     _say(process, f"writing to {folder}")
-    with StopSignal(_ECHO_SECONDS if process.processes > 1 else 0.0) as stop:
-        wishes = Wishes()
-        outlet = (
-            Outlet(folder, trainer.step, stop.__bool__, parsed.tensorboard, wishes)
-            if folder
-            else Silence(stop.__bool__, wishes)
-        )
+    with stop:
         done = trainer.train(last_step, outlet)
         if done and (parsed.ten_crop or parsed.predictions):
             done = _evaluate(parsed, trainer, process, outlet.stopping)
@@ -179,12 +177,23 @@ def _prepared(
     dataset = load_dataset(options.data, get_preset(options.preset).stored_size, options.seed)
     names = ("columns", "parallel", "steps", "evaluate", "ten_crop", "predictions")
     facts |= {f"--{name.replace('_', '-')}": str(getattr(parsed, name)) for name in names}
-    facts["the configuration"] = options.to_toml()
+    # machines may differ in cores, by which --workers goes
+    facts["the configuration"] = replace(options, workers=0).to_toml()
+    if options.weights and not resumed:
+        facts["the file of --weights"] = _digest(Path(options.weights))
     facts["--data"] = f"{dataset.name}, digest {dataset.digest}"
     facts["the checkpoint"] = f"{resumed[0].name}, digest {seal_of(resumed[0])}" if resumed else ""
     facts["the GPU"] = dispatch.gpu_name(process.device)
     facts["the table of kernels"] = dispatch.table_digest(process.device)
     return resumed, options, dataset
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot read --weights {path}: {error.strerror}") from error
 
 
 def _is_interpreted(options: Options, process: "Process") -> bool:
