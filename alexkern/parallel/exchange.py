@@ -38,7 +38,8 @@ def gathered(
     if axis.count == 1:
         return part
     outgoing = [(0, part.shape[dim])] * axis.count
-    others = _received(*_sent(part, axis, dim, outgoing, sizes, dtype))
+    exchange = _Exchange(part, axis, dim, outgoing, sizes, dtype)
+    others = _received(exchange, _sent(part, exchange))
     return torch.cat((*others[: axis.index], part, *others[axis.index :]), dim)
 
 
@@ -52,7 +53,8 @@ def to_first(
     first = axis.index == 0
     outgoing = [(0, part.shape[dim]), *[(0, 0)] * (axis.count - 1)]
     incoming = sizes if first else [0] * axis.count
-    others = _received(*_sent(part, axis, dim, outgoing, incoming, dtype))
+    exchange = _Exchange(part, axis, dim, outgoing, incoming, dtype)
+    others = _received(exchange, _sent(part, exchange))
     return torch.cat((part, *others) if first else others, dim)
 
 
@@ -76,11 +78,12 @@ class Borders:
             last = maps.shape[1] - before
             outgoing[axis.index + 1], incoming[axis.index + 1] = (last, before), behind
         self._index = axis.index
-        self._sent = _sent(maps, axis, 1, outgoing, incoming, None)
+        self._exchange = _Exchange(maps, axis, 1, outgoing, incoming, None)
+        self._buffers = _sent(maps, self._exchange)
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """[B, before, H, W] and [B, behind, H, W]; without maps where there is no neighbour."""
-        others = _received(*self._sent)
+        others = _received(self._exchange, self._buffers)
         nothing = others[0].narrow(1, 0, 0)
         return (
             others[self._index - 1] if self._index > 0 else nothing,
@@ -197,16 +200,9 @@ class _Receive(torch.autograd.Function):
         return None, *grads  # not read: what counts are the messages
 
 
-def _sent(
-    tensor: Tensor,
-    axis: Axis,
-    dim: int,
-    outgoing: Sequence[Slice],
-    incoming: Sequence[int],
-    dtype: torch.dtype | None,
-) -> tuple[_Exchange, tuple[Tensor, ...]]:
-    exchange = _Exchange(tensor, axis, dim, outgoing, incoming, dtype)
-    return exchange, torch.compiler.disable(_Send.apply)(tensor, exchange)
+def _sent(tensor: Tensor, exchange: _Exchange) -> tuple[Tensor, ...]:
+    buffers: tuple[Tensor, ...] = torch.compiler.disable(_Send.apply)(tensor, exchange)
+    return buffers
 
 
 def _received(exchange: _Exchange, buffers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
