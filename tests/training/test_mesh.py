@@ -168,3 +168,22 @@ def test_no_process_moves_where_one_has_a_broken_gradient(columns, amp, value):
         assert finite == [True, False]
     else:
         assert scale == 2.0**9
+
+
+def in_columns(kernels: str, folder: str) -> None:
+    """Three steps and an evaluation, in float32."""
+    mesh = make_mesh(2, False, torch.device("cpu"))
+    trainer = small_trainer(small_dataset(), mesh=mesh, kernels=kernels, print_freq=1)
+    trainer.train(3, Silence() if mesh.columns.index else Outlet(Path(folder)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is no interpreter")
+def test_this_projects_kernels_in_columns(tmp_path):
+    """In the interpreter: the losses of plain PyTorch, normalisation across columns included."""
+    found = {}
+    for kernels in ("triton", "torch"):
+        folder = tmp_path / kernels
+        folder.mkdir()
+        in_processes(2, in_columns, kernels, str(folder))
+        found[kernels] = curve(folder, "train_loss") + curve(folder, "val_loss")
+    assert found["triton"] == pytest.approx(found["torch"], rel=1e-3)

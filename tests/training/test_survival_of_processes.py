@@ -102,20 +102,6 @@ def test_a_signal_saves_one_step(tmp_path, undisturbed, to_all):
     assert_like(tmp_path, undisturbed)
 
 
-@pytest.mark.slow
-def test_this_projects_kernels_in_columns(tmp_path):
-    """In the interpreter, where there is no GPU: the losses of plain PyTorch."""
-    found = {}
-    for kernels in ("triton", "torch"):
-        finished = run_program(
-            *("--columns", "2", "--kernels", kernels, "--steps", "3", "--print-freq", "1"),
-            *("--output", str(tmp_path / kernels)),
-        )
-        assert finished.returncode == 0, finished.stderr
-        found[kernels] = [float(row["train_loss"]) for row in results(tmp_path / kernels)]
-    assert found["triton"] == pytest.approx(found["torch"], rel=1e-3)
-
-
 @pytest.mark.parametrize(
     ("name", "values"),
     [
