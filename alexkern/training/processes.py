@@ -103,7 +103,7 @@ def _leave() -> None:
         dist.destroy_process_group()
     # Threads of gloo give back the last tensors, for which they need Python's lock; one that waits
     # for it while the interpreter ends aborts the process.
-    time.sleep(0.1)
+    time.sleep(0.3)
 
 
 def _variable(name: str) -> str:
