@@ -209,6 +209,8 @@ def iterate(
             if isinstance(batch, DataError):
                 raise batch
             yield batch
+    except (ConnectionError, EOFError) as error:  # it died while it handed out a batch
+        raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
     finally:
         if workers:  # a worker's exception would keep them, with its traceback
             made._shutdown_workers()  # type: ignore[attr-defined]

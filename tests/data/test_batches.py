@@ -236,3 +236,24 @@ def test_digits_reach_the_network_at_unit_scale():
     )
     assert abs(values.mean().item()) < 0.05
     assert 0.8 < values.std().item() < 1.2
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()]
+)
+def test_a_worker_that_dies_as_it_hands_out_a_batch(monkeypatch, error):
+    """What is read from it then fails in another way than what torch makes of a dead worker."""
+
+    class Broken:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise error
+
+        def _shutdown_workers(self):
+            pass
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda _: Broken())
+    with pytest.raises(RuntimeError, match="DataLoader worker exited unexpectedly"):
+        next(iterate(evaluation_batches(SPLIT, SIZE, 16), 1))
